@@ -1,0 +1,7 @@
+//! What `usbpolicyd` and `usbvfiod` share, and nothing else: the names they call devices by ([`ids`]), the messages
+//! between them ([`wire`]) and the socket those travel on ([`channel`]), and the kernel's usbfs interface ([`usbfs`]).
+//!
+//! No policy and no xHCI here: a type that only one daemon needs lives in that daemon.
+
+pub mod ids;
+pub mod usbfs;

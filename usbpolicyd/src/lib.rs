@@ -1,0 +1,1 @@
+//! Decides by policy which USB device goes to which virtual machine. See `ARCHITECTURE.md`.

@@ -1,0 +1,4 @@
+//! A vfio-user server that emulates an xHCI controller for one virtual machine. See `ARCHITECTURE.md`.
+
+pub mod urb;
+pub mod xhci;
