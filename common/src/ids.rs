@@ -244,7 +244,8 @@ mod tests {
 
     #[test]
     fn vendor_product_of_other_forms_is_refused() {
-        for text in ["", ":", "781:5581", "0781-5581", "0781:558g", "+781:5581", "0781:5581:1", "0781:55810"] {
+        for text in ["", ":", "781:5581", "0781-5581", "0781:558g", "+781:5581", "0781:5581:1", "0781:55810"]
+        {
             assert_eq!(text.parse::<VendorProduct>(), Err(IdError::VendorProduct(text.to_owned())));
         }
     }
