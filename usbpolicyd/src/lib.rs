@@ -1,1 +1,4 @@
 //! Decides by policy which USB device goes to which virtual machine. See `ARCHITECTURE.md`.
+
+pub mod facts;
+pub mod topology;
