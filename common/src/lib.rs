@@ -4,6 +4,7 @@
 //! No policy and no xHCI here: a type that only one daemon needs lives in that daemon.
 
 pub mod channel;
+pub mod confine;
 pub mod ids;
 pub mod usbfs;
 pub mod wire;

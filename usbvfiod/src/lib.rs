@@ -1,4 +1,5 @@
 //! A vfio-user server that emulates an xHCI controller for one virtual machine. See `ARCHITECTURE.md`.
 
+pub mod sandbox;
 pub mod urb;
 pub mod xhci;
