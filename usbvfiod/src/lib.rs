@@ -1,5 +1,6 @@
 //! A vfio-user server that emulates an xHCI controller for one virtual machine. See `ARCHITECTURE.md`.
 
+pub mod cli;
 pub mod sandbox;
 pub mod urb;
 pub mod xhci;
