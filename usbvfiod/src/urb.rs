@@ -176,6 +176,11 @@ pub enum DeviceOp {
         /// The endpoints, all of one interface.
         endpoints: Vec<u8>,
     },
+    /// The guest put the port into U3: the host may suspend the device (`USBDEVFS_ALLOW_SUSPEND`). Ends at once; a wake-up
+    /// by the device is an input of its own. A transport that cannot do it answers success.
+    Suspend,
+    /// The guest resumed the port: the host wakes the device (`USBDEVFS_FORBID_SUSPEND`).
+    Resume,
 }
 
 /// Why a [`DeviceOp`] failed.
@@ -198,6 +203,14 @@ pub enum Effect {
     Submit(UrbRequest),
     /// Cancel these, newest first. Each still gets its [`UrbCompletion`]; one that had ended gets its own outcome.
     Cancel {
+        /// The device they belong to.
+        device: DeviceHandle,
+        /// Which ones.
+        ids: Vec<TransferId>,
+    },
+    /// Cancel these, and touch guest memory for them no more from now on: the guest has taken the buffers back. Each
+    /// still gets its [`UrbCompletion`], which tells the controller that the endpoint is free again.
+    Abandon {
         /// The device they belong to.
         device: DeviceHandle,
         /// Which ones.
