@@ -36,6 +36,10 @@ pub struct Cli {
     #[arg(long, value_name = "N")]
     pub policy_fd: Option<RawFd>,
 
+    /// Group that owns --policy-socket, so that usbpolicyd may connect
+    #[arg(long, value_name = "NAME", requires = "policy_socket")]
+    pub policy_group: Option<String>,
+
     /// Root ports for USB 2 devices and as many for USB 3 devices
     #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u8).range(1..=15))]
     pub ports: u8,

@@ -1,6 +1,7 @@
 //! A vfio-user server that emulates an xHCI controller for one virtual machine. See `ARCHITECTURE.md`.
 
 pub mod cli;
+pub mod policy_link;
 pub mod sandbox;
 pub mod urb;
 pub mod xhci;
