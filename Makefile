@@ -1,0 +1,37 @@
+# make demo    a stick plugged into a virtual host appears in a guest, step by step
+# make test    everything: format, lints, unit tests, scenarios on real kernels
+# make check   what needs no virtual machine, in a minute
+# make bench   speed, side by side with the host itself and QEMU's usb-host
+
+CARGO ?= cargo
+export CARGO_TERM_COLOR ?= auto
+
+.PHONY: all setup build check test vm-test demo bench
+
+all: build
+
+# Installs the Debian packages that are missing, and says which.
+setup:
+	@vm-tests/setup.sh
+
+build:
+	$(CARGO) build --release --locked
+
+check: setup
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(CARGO) test --workspace --locked --exclude vm-tests
+	$(CARGO) test --locked -p vm-tests --lib
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --locked --no-deps --quiet
+
+# The daemons under test are built with optimisation: an emulated host is slow enough.
+vm-test: setup build
+	$(CARGO) test --release --locked -p vm-tests --tests -- --test-threads=1
+
+test: check vm-test
+
+demo: setup build
+	$(CARGO) run --release --locked --quiet -p vm-tests --bin demo
+
+bench: setup build
+	$(CARGO) run --release --locked --quiet -p vm-tests --bin bench
