@@ -53,13 +53,15 @@ const CALLS: &[(libc::c_long, Allow)] = &[
     (libc::SYS_shutdown, Allow::Any),
     (libc::SYS_fcntl, Allow::OneOf(1, &FCNTL_COMMANDS)),
     (libc::SYS_close, Allow::Any),
-    // eventfds, signalfd, log lines, descriptors of a device, size of a guest memory file.
+    // eventfds, signalfd, log lines, descriptors of a device, guest memory that is not safe to map.
     (libc::SYS_read, Allow::Any),
     (libc::SYS_pread64, Allow::Any),
+    (libc::SYS_pwrite64, Allow::Any),
     (libc::SYS_lseek, Allow::Any),
     (libc::SYS_write, Allow::Any),
     (libc::SYS_writev, Allow::Any),
     (libc::SYS_fstat, Allow::Any),
+    (libc::SYS_fstatfs, Allow::Any),
     #[cfg(target_arch = "x86_64")]
     (libc::SYS_newfstatat, Allow::Without(3, !(libc::AT_EMPTY_PATH as u32))),
     (libc::SYS_statx, Allow::Any),
