@@ -1,4 +1,5 @@
 //! Decides by policy which USB device goes to which virtual machine. See `ARCHITECTURE.md`.
 
 pub mod facts;
+pub mod policy;
 pub mod topology;

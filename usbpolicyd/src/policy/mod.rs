@@ -1,0 +1,16 @@
+//! The policy: what the operator wrote, what it means, and why it decides as it does.
+//!
+//! Text becomes a [`schema::Policy`] ([`load`]), that becomes a [`compile::CompiledPolicy`], and [`decide::decide`]
+//! answers for one device. Nothing in here opens a file, reads a clock or talks to anybody: contents of files, facts of
+//! devices and the moment's circumstances are handed in. The order of rules and files never matters to an answer.
+
+pub mod compile;
+pub mod condition;
+pub mod decide;
+pub mod load;
+mod parse;
+mod parse_match;
+pub mod pattern;
+pub mod problem;
+mod reader;
+pub mod schema;
