@@ -4,4 +4,5 @@ pub mod cli;
 pub mod policy_link;
 pub mod sandbox;
 pub mod urb;
+pub mod usb;
 pub mod xhci;

@@ -106,6 +106,7 @@ pub enum UrbStatus {
     /// We cancelled it (`ENOENT`). What came before counts.
     Cancelled,
     /// The kernel cancelled it because a transfer before it failed (see [`UrbRequest::follows`]). It did not run.
+    /// Of an isochronous packet: the host missed its service interval (`EXDEV`).
     NotRun,
     /// The device is gone (`ENODEV`, `ESHUTDOWN`).
     Gone,

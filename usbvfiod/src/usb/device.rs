@@ -1,0 +1,642 @@
+//! The event loop's half of a device: what the controller wants from it, in order, and what is under way.
+//!
+//! The kernel's half ([`Link`]) is here unless a lane works with it. While it is away transfers wait, and what has
+//! ended is reaped when it is back.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use common::usbfs::{PacketOutcome, ReapError, Reaped, UrbBuffer, UrbKind, UrbToken, UsbfsFile};
+use nix::errno::Errno;
+use tracing::{debug, warn};
+
+use super::device_set::{Counters, DeviceEvent};
+use super::lane::Work;
+use super::link::Link;
+use super::pool::{Budget, Pool};
+use super::{status, uas};
+use crate::urb::{
+    DeviceHandle, DeviceOp, DmaFault, GuestMem, OpError, OpId, PacketResult, Payload, TransferId,
+    TransferKind, UrbCompletion, UrbRequest, UrbStatus,
+};
+
+/// The controller gets its answer after so long, whatever the device does: a Linux guest declares a controller dead
+/// whose command takes 5 s.
+pub(super) const ANSWER_WITHIN: Duration = Duration::from_millis(3500);
+/// First pause before a transfer is tried again for which the host had no memory.
+const RETRY_FIRST: Duration = Duration::from_millis(4);
+/// Longest such pause.
+const RETRY_MAX: Duration = Duration::from_millis(128);
+/// Operations that wait for the device's lane. A controller has one command under way; the rest is for resets.
+const JOBS_MAX: usize = 64;
+
+/// Where outcomes go.
+pub(super) type Sink<'a> = dyn FnMut(DeviceEvent) + 'a;
+
+/// What the loop still owes the controller for a URB in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owed {
+    /// Its outcome.
+    Outcome,
+    /// Its outcome, which is a cancel, not later than this.
+    CancelBy(Instant),
+    /// Nothing: the controller has been told, and guest memory must not be touched.
+    Nothing,
+}
+
+/// A URB in flight.
+#[derive(Debug)]
+struct Transfer {
+    token: UrbToken,
+    request: UrbRequest,
+    owed: Owed,
+    /// The guest has taken its memory back: nothing is copied there.
+    abandoned: bool,
+}
+
+/// An operation that is queued or under way and whose outcome the controller waits for.
+#[derive(Clone, Copy, Debug)]
+struct Owing {
+    id: OpId,
+    answer_by: Instant,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Device {
+    handle: DeviceHandle,
+    /// Away while a lane works, and until the device is open.
+    pub(super) link: Option<Box<Link>>,
+    /// The file, for the epoll set. Clones share it; the lane's close is the last.
+    pub(super) file: Option<UsbfsFile>,
+    pool: Pool,
+    /// By slot of the URB.
+    transfers: Vec<Option<Transfer>>,
+    in_flight: usize,
+    /// Not started yet: the link is away, or the host has no memory. Order of each endpoint is kept.
+    waiting: VecDeque<UrbRequest>,
+    /// For the lane, in order.
+    pub(super) jobs: VecDeque<Work>,
+    owing: Vec<Owing>,
+    /// Bulk endpoints on which a transfer failed before it reached the kernel, so that we, not the kernel, must keep
+    /// back what follows. By [`endpoint_bit`].
+    failed: u32,
+    retry_at: Option<Instant>,
+    retry_pause: Duration,
+    gone: bool,
+    /// Scratch for packet outcomes.
+    packets: Vec<PacketOutcome>,
+    pub(super) counters: Counters,
+}
+
+/// A place for each endpoint in a word: IN endpoints in the upper half.
+const fn endpoint_bit(endpoint: u8) -> u32 {
+    1 << ((endpoint & 0x0f) | ((endpoint & 0x80) >> 3))
+}
+
+/// What came of an attempt to start a transfer.
+enum Started {
+    /// In flight, or done for with an outcome.
+    Yes,
+    /// The host has no memory now.
+    Later(UrbRequest),
+}
+
+impl Device {
+    pub(super) fn new(handle: DeviceHandle, budget: Budget) -> Self {
+        Self {
+            handle,
+            link: None,
+            file: None,
+            pool: Pool::new(budget),
+            transfers: Vec::new(),
+            in_flight: 0,
+            waiting: VecDeque::new(),
+            jobs: VecDeque::new(),
+            owing: Vec::new(),
+            failed: 0,
+            retry_at: None,
+            retry_pause: RETRY_FIRST,
+            gone: false,
+            packets: Vec::new(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// The link is back from a lane.
+    pub(super) fn arrived(&mut self, link: Box<Link>) {
+        if self.file.is_none() {
+            self.file = Some(link.urbs.file().clone());
+            if !link.capabilities.has_mmap() {
+                self.pool.use_heap_only();
+            }
+        }
+        self.link = Some(link);
+    }
+
+    /// Starts a transfer, or puts it behind those that wait.
+    pub(super) fn submit<M: GuestMem + ?Sized>(
+        &mut self,
+        request: UrbRequest,
+        now: Instant,
+        mem: &M,
+        sink: &mut Sink<'_>,
+    ) {
+        if self.gone {
+            return self.report(request, UrbStatus::Gone, 0, Vec::new(), sink);
+        }
+        let must_wait =
+            self.link.is_none() || self.waiting.iter().any(|other| other.endpoint == request.endpoint);
+        if must_wait {
+            return self.waiting.push_back(request);
+        }
+        if let Started::Later(request) = self.start(request, mem, sink) {
+            self.waiting.push_back(request);
+            self.schedule_retry(now);
+        }
+    }
+
+    /// Cancels transfers: at once what waits, by a lane what is in flight. `abandon`: guest memory must not be touched
+    /// for them from now on.
+    pub(super) fn cancel(&mut self, ids: &[TransferId], abandon: bool, now: Instant, sink: &mut Sink<'_>) {
+        let mut tokens: Vec<(TransferId, UrbToken)> = Vec::new();
+        for transfer in self.transfers.iter_mut().flatten() {
+            if !ids.contains(&transfer.request.id) {
+                continue;
+            }
+            transfer.abandoned |= abandon;
+            if transfer.owed == Owed::Outcome {
+                transfer.owed = Owed::CancelBy(now + ANSWER_WITHIN);
+                tokens.push((transfer.request.id, transfer.token));
+            }
+        }
+        let mut kept = VecDeque::with_capacity(self.waiting.len());
+        let mut cancelled = Vec::new();
+        for request in self.waiting.drain(..) {
+            if ids.contains(&request.id) { cancelled.push(request) } else { kept.push_back(request) }
+        }
+        self.waiting = kept;
+        // Newest first: otherwise the end of one starts the next.
+        for request in cancelled.into_iter().rev() {
+            self.report(request, UrbStatus::Cancelled, 0, Vec::new(), sink);
+        }
+        tokens.sort_unstable_by_key(|&(id, _)| std::cmp::Reverse(id));
+        self.discard(tokens.into_iter().map(|(_, token)| token).collect());
+    }
+
+    fn discard(&mut self, tokens: Vec<UrbToken>) {
+        match self.jobs.back_mut() {
+            _ if tokens.is_empty() || self.gone => {}
+            Some(Work::Discard(queued)) => queued.extend(tokens),
+            _ => self.jobs.push_back(Work::Discard(tokens)),
+        }
+    }
+
+    /// Queues an operation for the lane.
+    pub(super) fn operate(&mut self, id: OpId, op: DeviceOp, now: Instant, sink: &mut Sink<'_>) {
+        if self.gone || self.jobs.len() >= JOBS_MAX {
+            let error = if self.gone { OpError::Gone } else { OpError::Failed };
+            return sink(DeviceEvent::Operated { device: self.handle, id, result: Err(error) });
+        }
+        let answer_by = now + ANSWER_WITHIN;
+        let endpoint_in_the_way = |endpoint: u8| match &op {
+            DeviceOp::Reset => true,
+            DeviceOp::ClearHalt { endpoint: cleared } => endpoint == *cleared,
+            _ => false,
+        };
+        let mut discard = Vec::new();
+        for transfer in self.transfers.iter_mut().flatten() {
+            if endpoint_in_the_way(transfer.request.endpoint) {
+                if transfer.owed == Owed::Outcome {
+                    transfer.owed = Owed::CancelBy(answer_by);
+                }
+                discard.push((transfer.request.id, transfer.token));
+            }
+        }
+        discard.sort_unstable_by_key(|&(id, _)| std::cmp::Reverse(id));
+        self.owing.push(Owing { id, answer_by });
+        let discard = discard.into_iter().map(|(_, token)| token).collect();
+        self.jobs.push_back(Work::Operate { id, op, discard });
+    }
+
+    /// Reports an operation's outcome, unless the controller has been told that it takes too long.
+    pub(super) fn operated(&mut self, id: OpId, result: Result<(), OpError>, sink: &mut Sink<'_>) {
+        let Some(position) = self.owing.iter().position(|owing| owing.id == id) else {
+            return debug!(device = self.handle.0, ?result, "an operation ended too late");
+        };
+        self.owing.swap_remove(position);
+        sink(DeviceEvent::Operated { device: self.handle, id, result });
+    }
+
+    /// Reaps what has ended, then starts what waits. The link must be here.
+    pub(super) fn reap<M: GuestMem + ?Sized>(&mut self, now: Instant, mem: &M, sink: &mut Sink<'_>) {
+        let mut packets = std::mem::take(&mut self.packets);
+        // One turn for each URB that can be on the kernel's list.
+        for _ in 0..=common::usbfs::IN_FLIGHT_MAX {
+            let Some(link) = &mut self.link else { break };
+            match link.urbs.reap(&mut packets) {
+                Ok(Some(reaped)) => self.complete(reaped, &packets, mem, sink),
+                Ok(None) => break,
+                Err(ReapError::Unknown) => {
+                    warn!(device = self.handle.0, "somebody else uses this device's file")
+                }
+                Err(ReapError::Kernel(Errno::ENODEV)) => {
+                    self.set_gone(sink);
+                    break;
+                }
+                Err(ReapError::Kernel(error)) => {
+                    warn!(device = self.handle.0, %error, "transfers are lost, the device is given up");
+                    self.set_gone(sink);
+                    break;
+                }
+            }
+        }
+        self.packets = packets;
+        self.start_waiting(now, mem, sink);
+    }
+
+    /// Tries again what waits for memory or for the link.
+    pub(super) fn start_waiting<M: GuestMem + ?Sized>(&mut self, now: Instant, mem: &M, sink: &mut Sink<'_>) {
+        if self.link.is_none() || self.waiting.is_empty() {
+            return;
+        }
+        self.retry_at = None;
+        let mut blocked = 0;
+        for _ in 0..self.waiting.len() {
+            let Some(request) = self.waiting.pop_front() else { break };
+            if self.gone {
+                self.report(request, UrbStatus::Gone, 0, Vec::new(), sink);
+            } else if blocked & endpoint_bit(request.endpoint) != 0 {
+                self.waiting.push_back(request);
+            } else {
+                let endpoint = request.endpoint;
+                if let Started::Later(request) = self.start(request, mem, sink) {
+                    blocked |= endpoint_bit(endpoint);
+                    self.waiting.push_back(request);
+                } else {
+                    self.retry_pause = RETRY_FIRST;
+                }
+            }
+        }
+        if blocked != 0 {
+            self.schedule_retry(now);
+        }
+    }
+
+    fn schedule_retry(&mut self, now: Instant) {
+        if self.retry_at.is_none() {
+            self.counters.waits_for_memory += 1;
+            self.retry_at = Some(now + self.retry_pause);
+            self.retry_pause = (self.retry_pause * 2).min(RETRY_MAX);
+        }
+    }
+
+    /// Whether transfers wait for memory of the host.
+    pub(super) const fn is_starved(&self) -> bool {
+        self.retry_at.is_some()
+    }
+
+    /// Gives idle memory back to the host, for another device.
+    pub(super) fn trim(&mut self) {
+        self.pool.trim();
+    }
+
+    /// When [`Self::on_deadline`] wants to be called.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        let cancels = self.transfers.iter().flatten().filter_map(|transfer| match transfer.owed {
+            Owed::CancelBy(by) => Some(by),
+            Owed::Outcome | Owed::Nothing => None,
+        });
+        cancels.chain(self.owing.iter().map(|owing| owing.answer_by)).chain(self.retry_at).min()
+    }
+
+    /// Answers what takes too long, tries again what waits for memory.
+    pub(super) fn on_deadline<M: GuestMem + ?Sized>(&mut self, now: Instant, mem: &M, sink: &mut Sink<'_>) {
+        let (late, owing) = self.owing.iter().partition(|owing| owing.answer_by <= now);
+        self.owing = owing;
+        let late: Vec<Owing> = late;
+        for Owing { id, .. } in late {
+            warn!(device = self.handle.0, "the device takes too long, the guest is told that it failed");
+            self.jobs.retain(|work| !matches!(work, Work::Operate { id: queued, .. } if *queued == id));
+            sink(DeviceEvent::Operated { device: self.handle, id, result: Err(OpError::Failed) });
+        }
+        self.abandon(sink, |owed| matches!(owed, Owed::CancelBy(by) if by <= now));
+        if self.retry_at.is_some_and(|at| at <= now) {
+            self.start_waiting(now, mem, sink);
+        }
+    }
+
+    /// Ends everything for the controller at once. Nothing of it touches guest memory any more.
+    pub(super) fn quiesce(&mut self, sink: &mut Sink<'_>) {
+        while let Some(request) = self.waiting.pop_back() {
+            self.report(request, UrbStatus::Cancelled, 0, Vec::new(), sink);
+        }
+        self.retry_at = None;
+        self.abandon(sink, |owed| owed != Owed::Nothing);
+        let mut tokens: Vec<_> =
+            self.transfers.iter().flatten().map(|transfer| (transfer.request.id, transfer.token)).collect();
+        tokens.sort_unstable_by_key(|&(id, _)| std::cmp::Reverse(id));
+        self.discard(tokens.into_iter().map(|(_, token)| token).collect());
+    }
+
+    /// Whether nothing is under way.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.link.is_some() && self.in_flight == 0 && self.waiting.is_empty() && self.jobs.is_empty()
+    }
+
+    /// Tells the controller that these are cancelled, although the kernel has not let go of them.
+    fn abandon(&mut self, sink: &mut Sink<'_>, chosen: impl Fn(Owed) -> bool) {
+        for transfer in self.transfers.iter_mut().flatten() {
+            if chosen(transfer.owed) {
+                transfer.owed = Owed::Nothing;
+                let payload = std::mem::replace(&mut transfer.request.payload, Payload::Guest(Vec::new()));
+                sink(DeviceEvent::Completed {
+                    device: self.handle,
+                    completion: UrbCompletion {
+                        id: transfer.request.id,
+                        status: UrbStatus::Cancelled,
+                        actual: 0,
+                        packets: Vec::new(),
+                        payload,
+                    },
+                });
+            }
+        }
+    }
+
+    /// The device was unplugged. What is in flight comes out of the kernel, now or when the link is back.
+    pub(super) fn hung_up<M: GuestMem + ?Sized>(&mut self, now: Instant, mem: &M, sink: &mut Sink<'_>) {
+        if !std::mem::replace(&mut self.gone, true) {
+            self.reap(now, mem, sink);
+            self.announce_gone(sink);
+        }
+    }
+
+    /// The device is lost to us.
+    pub(super) fn set_gone(&mut self, sink: &mut Sink<'_>) {
+        if !std::mem::replace(&mut self.gone, true) {
+            self.announce_gone(sink);
+        }
+    }
+
+    fn announce_gone(&mut self, sink: &mut Sink<'_>) {
+        self.retry_at = None;
+        while let Some(request) = self.waiting.pop_front() {
+            self.report(request, UrbStatus::Gone, 0, Vec::new(), sink);
+        }
+        sink(DeviceEvent::Gone { device: self.handle });
+    }
+
+    fn start<M: GuestMem + ?Sized>(&mut self, request: UrbRequest, mem: &M, sink: &mut Sink<'_>) -> Started {
+        let bulk = matches!(request.kind, TransferKind::Bulk { .. });
+        let bit = endpoint_bit(request.endpoint);
+        if bulk && !request.follows {
+            self.failed &= !bit;
+        } else if bulk && self.failed & bit != 0 {
+            self.report(request, UrbStatus::NotRun, 0, Vec::new(), sink);
+            return Started::Yes;
+        }
+        let Some(link) = &mut self.link else { return Started::Later(request) };
+        let result = match urb_len(&request) {
+            Ok(len) => {
+                let mut buffer = self.pool.take(link.urbs.file(), len);
+                match fill(&request, mem, buffer.as_mut_slice()) {
+                    Ok(()) => submit(link, &request, len, buffer).map_err(|(errno, buffer)| {
+                        self.pool.put(buffer);
+                        errno
+                    }),
+                    Err(DmaFault { .. }) => {
+                        self.pool.put(buffer);
+                        self.failed |= if bulk { bit } else { 0 };
+                        self.report(request, UrbStatus::GuestMemory, 0, Vec::new(), sink);
+                        return Started::Yes;
+                    }
+                }
+            }
+            Err(refused) => {
+                self.report(request, refused, 0, Vec::new(), sink);
+                return Started::Yes;
+            }
+        };
+        match result {
+            Ok(token) => {
+                let slot = token.slot();
+                if self.transfers.len() <= slot {
+                    self.transfers.resize_with(slot + 1, || None);
+                }
+                self.transfers[slot] =
+                    Some(Transfer { token, request, owed: Owed::Outcome, abandoned: false });
+                self.in_flight += 1;
+            }
+            Err(Errno::ENOMEM) => {
+                self.pool.trim();
+                return Started::Later(request);
+            }
+            Err(errno) => {
+                let outcome = status::of_submit(errno);
+                debug!(device = self.handle.0, endpoint = request.endpoint, %errno, "the kernel refused a transfer");
+                self.failed |= if bulk { bit } else { 0 };
+                self.report(request, outcome, 0, Vec::new(), sink);
+                if outcome == UrbStatus::Gone {
+                    self.set_gone(sink);
+                }
+            }
+        }
+        Started::Yes
+    }
+
+    fn complete<M: GuestMem + ?Sized>(
+        &mut self,
+        reaped: Reaped,
+        packets: &[PacketOutcome],
+        mem: &M,
+        sink: &mut Sink<'_>,
+    ) {
+        let Reaped { token, status: ended, actual, mut buffer } = reaped;
+        let Some(transfer) = self.transfers.get_mut(token.slot()).and_then(Option::take) else {
+            return self.pool.put(buffer);
+        };
+        self.in_flight -= 1;
+        let Transfer { request, owed, abandoned, .. } = transfer;
+        if owed == Owed::Nothing {
+            return self.pool.put(buffer);
+        }
+        let mut outcome = status::of_urb(ended, owed != Owed::Outcome, self.gone);
+        let mut actual = actual;
+        if outcome == UrbStatus::NotRun && actual > 0 {
+            // The host restarts its ring about when it hands the failed transfer back: bytes may have moved.
+            debug!(
+                device = self.handle.0,
+                endpoint = request.endpoint,
+                actual,
+                "data behind a failed transfer is lost"
+            );
+            actual = 0;
+        }
+        let setup = match request.kind {
+            TransferKind::Control { setup } => Some(setup),
+            _ => None,
+        };
+        if abandoned {
+            self.pool.put(buffer);
+            return self.report(request, outcome, 0, Vec::new(), sink);
+        }
+        if request.is_in() && actual > request.len {
+            // The guest's data stage is shorter than its setup packet says.
+            (outcome, actual) = (UrbStatus::Babble, request.len);
+        }
+        if request.is_in() {
+            let data = &mut buffer.as_mut_slice()[if setup.is_some() { 8 } else { 0 }..];
+            if setup.is_some_and(uas::asks_for_configuration)
+                && let Some(link) = &self.link
+            {
+                uas::hide(&link.uas_hidden, &mut data[..actual as usize]);
+            }
+            let copied = if packets.is_empty() {
+                copy_to_guest(mem, &request.payload, 0, &data[..actual as usize])
+            } else {
+                copy_packets_to_guest(mem, &request, packets, data)
+            };
+            if copied.is_err() && matches!(outcome, UrbStatus::Completed | UrbStatus::Cancelled) {
+                outcome = UrbStatus::GuestMemory;
+            }
+            self.counters.bytes_in += u64::from(actual);
+        } else {
+            self.counters.bytes_out += u64::from(actual);
+        }
+        self.pool.put(buffer);
+        let packets = packets
+            .iter()
+            .map(|packet| PacketResult { status: status::of_packet(packet.status), actual: packet.actual })
+            .collect();
+        self.report(request, outcome, actual, packets, sink);
+    }
+
+    /// Tells the controller.
+    fn report(
+        &mut self,
+        request: UrbRequest,
+        status: UrbStatus,
+        actual: u32,
+        packets: Vec<PacketResult>,
+        sink: &mut Sink<'_>,
+    ) {
+        self.counters.transfers += 1;
+        if !matches!(status, UrbStatus::Completed | UrbStatus::Cancelled | UrbStatus::NotRun) {
+            self.counters.errors += 1;
+        }
+        let UrbRequest { id, payload, .. } = request;
+        let completion = UrbCompletion { id, status, actual, packets, payload };
+        sink(DeviceEvent::Completed { device: self.handle, completion });
+    }
+}
+
+/// How many bytes the URB's buffer has, or why there is no such URB.
+fn urb_len(request: &UrbRequest) -> Result<usize, UrbStatus> {
+    let len = request.len as usize;
+    let TransferKind::Control { setup } = request.kind else { return Ok(len) };
+    let stage = usize::from(u16::from_le_bytes([setup[6], setup[7]]));
+    let set_address = setup[..2] == [0x00, 0x05];
+    // The host owns the address. And an OUT data stage can be no shorter on usbfs than its setup packet says.
+    if set_address || len > stage || (!request.is_in() && len < stage) {
+        return Err(UrbStatus::TransactionError);
+    }
+    Ok(8 + stage)
+}
+
+/// Puts the setup packet and the bytes for the device into the buffer.
+fn fill<M: GuestMem + ?Sized>(request: &UrbRequest, mem: &M, buffer: &mut [u8]) -> Result<(), DmaFault> {
+    let data = match &request.kind {
+        TransferKind::Control { setup } => {
+            let (head, data) = buffer.split_at_mut(8);
+            head.copy_from_slice(setup);
+            data
+        }
+        _ => buffer,
+    };
+    if request.is_in() {
+        return Ok(());
+    }
+    let mut rest = &mut data[..request.len as usize];
+    match &request.payload {
+        Payload::Immediate { bytes, len } => {
+            let bytes = bytes.get(..rest.len()).filter(|bytes| bytes.len() == usize::from(*len));
+            rest.copy_from_slice(bytes.ok_or(DmaFault { addr: 0, len: rest.len() })?);
+        }
+        Payload::Guest(segments) => {
+            for segment in segments {
+                let take = rest.len().min(segment.len as usize);
+                let (now, later) = rest.split_at_mut(take);
+                if take > 0 {
+                    mem.read(segment.addr, now)?;
+                }
+                rest = later;
+            }
+            if !rest.is_empty() {
+                return Err(DmaFault { addr: 0, len: rest.len() });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn submit(
+    link: &mut Link,
+    request: &UrbRequest,
+    len: usize,
+    buffer: UrbBuffer,
+) -> Result<UrbToken, (Errno, UrbBuffer)> {
+    let kind = match &request.kind {
+        TransferKind::Control { .. } => UrbKind::Control,
+        TransferKind::Bulk { stream } => UrbKind::Bulk { stream: *stream, follows: request.follows },
+        TransferKind::Interrupt => UrbKind::Interrupt,
+        TransferKind::Isochronous { packets } => UrbKind::Isochronous { packets },
+    };
+    link.urbs.submit(request.endpoint, kind, len, buffer).map_err(|error| (error.errno, error.buffer))
+}
+
+/// Copies bytes to the guest's payload, from `offset` bytes into it.
+fn copy_to_guest<M: GuestMem + ?Sized>(
+    mem: &M,
+    payload: &Payload,
+    offset: usize,
+    mut bytes: &[u8],
+) -> Result<(), DmaFault> {
+    let Payload::Guest(segments) = payload else { return Ok(()) };
+    let mut skip = offset;
+    for segment in segments {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let len = segment.len as usize;
+        if skip >= len {
+            skip -= len;
+            continue;
+        }
+        let (now, later) = bytes.split_at(bytes.len().min(len - skip));
+        mem.write(segment.addr.wrapping_add(skip as u64), now)?;
+        (bytes, skip) = (later, 0);
+    }
+    if bytes.is_empty() { Ok(()) } else { Err(DmaFault { addr: 0, len: bytes.len() }) }
+}
+
+/// Copies each packet to its place. A packet that came short leaves a hole.
+fn copy_packets_to_guest<M: GuestMem + ?Sized>(
+    mem: &M,
+    request: &UrbRequest,
+    packets: &[PacketOutcome],
+    data: &[u8],
+) -> Result<(), DmaFault> {
+    let TransferKind::Isochronous { packets: lengths } = &request.kind else { return Ok(()) };
+    let mut at = 0;
+    for (packet, &length) in packets.iter().zip(lengths) {
+        let bytes = data.get(at..).and_then(|rest| rest.get(..packet.actual as usize));
+        copy_to_guest(mem, &request.payload, at, bytes.unwrap_or_default())?;
+        at += length as usize;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "device/tests.rs"]
+mod tests;
