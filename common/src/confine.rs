@@ -59,8 +59,11 @@ pub fn drop_privileges() -> Result<(), ConfineError> {
         caps::clear(None, CapSet::Bounding).map_err(ConfineError::Capabilities)?;
     }
     caps::clear(None, CapSet::Ambient).map_err(ConfineError::Capabilities)?;
+    // A service manager may have taken the capabilities and capset() with them: what is empty is left alone.
     for set in [CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
-        caps::set(None, set, &none).map_err(ConfineError::Capabilities)?;
+        if !caps::read(None, set).map_err(ConfineError::Capabilities)?.is_empty() {
+            caps::set(None, set, &none).map_err(ConfineError::Capabilities)?;
+        }
     }
     nix::sys::prctl::set_no_new_privs().map_err(ConfineError::NoNewPrivileges)
 }

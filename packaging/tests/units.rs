@@ -1,0 +1,150 @@
+//! The systemd units are valid, confine as much as we promise, and call the programs as these want to be called.
+//!
+//! What they do on a running system is shown in `vm-tests`; here systemd's own tools read them. A missing tool fails the
+//! test: `make setup` installs it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use clap::Parser;
+
+/// Highest exposure levels, as `systemd-analyze security` counts them (0 to 10), in tenths.
+const USBPOLICYD_EXPOSURE: u32 = 12;
+const USBVFIOD_EXPOSURE: u32 = 4;
+
+fn directory() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("systemd")
+}
+
+fn unit(name: &str) -> String {
+    fs::read_to_string(directory().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+/// The values of a key in a unit, in order.
+fn values<'a>(unit: &'a str, key: &str) -> Vec<&'a str> {
+    unit.lines().filter_map(|line| line.strip_prefix(key)?.strip_prefix('=')).collect()
+}
+
+fn run(program: &str, arguments: &[&str]) -> Output {
+    Command::new(program)
+        .args(arguments)
+        .output()
+        .unwrap_or_else(|error| panic!("{program}: {error}; `make setup` installs it"))
+}
+
+/// Exposure in tenths, from a line like `→ Overall exposure level for usbpolicyd.service: 1.2 OK`.
+fn exposure(name: &str) -> u32 {
+    let path = directory().join(name);
+    let output = run("systemd-analyze", &["security", "--offline=yes", "--no-pager", path.to_str().unwrap()]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    let line = text
+        .lines()
+        .find(|line| line.contains("Overall exposure level"))
+        .unwrap_or_else(|| panic!("no result: {text}{}", String::from_utf8_lossy(&output.stderr)));
+    let number = line.rsplit(": ").next().unwrap().split_whitespace().next().unwrap();
+    let (whole, tenths) = number.split_once('.').unwrap();
+    println!("{line}");
+    whole.parse::<u32>().unwrap() * 10 + tenths.parse::<u32>().unwrap()
+}
+
+#[test]
+fn usbpolicyd_is_confined_as_promised() {
+    assert!(exposure("usbpolicyd.service") <= USBPOLICYD_EXPOSURE);
+}
+
+#[test]
+fn usbvfiod_is_confined_as_promised() {
+    assert!(exposure("usbvfiod@.service") <= USBVFIOD_EXPOSURE);
+}
+
+#[test]
+fn systemd_finds_no_fault_in_any_unit() {
+    // The programs need not be installed here, so a program that is there takes their place. An instance is checked, as
+    // a template would not be filled in.
+    let copies = tempfile::tempdir().unwrap();
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(directory()).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        let text = unit(&name).replace("/usr/bin/usb", "/bin/true usb");
+        fs::write(copies.path().join(&name), text).unwrap();
+        paths.push(copies.path().join(name.replace('@', "@vm1")).to_str().unwrap().to_owned());
+    }
+    assert!(paths.len() >= 4);
+    let mut arguments = vec!["verify", "--man=no", "--recursive-errors=no"];
+    arguments.extend(paths.iter().map(String::as_str));
+    let output = run("systemd-analyze", &arguments);
+    let said = String::from_utf8_lossy(&output.stderr);
+    let faults: Vec<&str> =
+        said.lines().filter(|line| line.contains(copies.path().to_str().unwrap())).collect();
+    assert!(output.status.success() && faults.is_empty(), "{said}");
+}
+
+#[test]
+fn usbvfiod_takes_the_arguments_of_its_unit() {
+    let text = unit("usbvfiod@.service");
+    let [command] = values(&text, "ExecStart")[..] else { panic!("one ExecStart expected") };
+    let command = command.replace("%i", "vm1").replace("$USBVFIOD_OPTIONS", "--ports 4");
+    let cli = usbvfiod::cli::Cli::try_parse_from(command.split_whitespace()).unwrap();
+    // systemd's first socket (sd_listen_fds(3)), and a place that the mount namespace leaves writable.
+    assert_eq!(cli.fd, Some(3));
+    assert_eq!(cli.policy_socket, Some(PathBuf::from("/run/usbvfiod/vm1/policy.sock")));
+    assert_eq!(values(&text, "BindPaths"), ["/run/usbvfiod/%i"]);
+    assert_eq!(values(&text, "RuntimeDirectory"), ["usbvfiod/%i"]);
+    assert!(!cli.no_sandbox);
+}
+
+#[test]
+fn each_instance_has_a_user_of_its_own() {
+    // Without User=, systemd takes the part before the "@" for all instances.
+    let text = unit("usbvfiod@.service");
+    assert_eq!(values(&text, "DynamicUser"), ["yes"]);
+    assert_eq!(values(&text, "User"), ["usbvfiod-%i"]);
+}
+
+#[test]
+fn a_restart_of_the_policy_daemon_stops_no_vm() {
+    for name in ["usbvfiod@.service", "usbvfiod@.socket"] {
+        let text = unit(name);
+        for key in ["Requires", "Requisite", "BindsTo", "PartOf"] {
+            let strong = values(&text, key);
+            assert!(!strong.iter().any(|value| value.contains("usbpolicyd")), "{name}: {key}={strong:?}");
+        }
+    }
+}
+
+#[test]
+fn the_users_and_groups_of_the_units_are_made_by_sysusers() {
+    let sysusers = fs::read_to_string(directory().join("../sysusers.d/usbpolicyd.conf")).unwrap();
+    let made: Vec<&str> = sysusers
+        .lines()
+        .filter(|line| line.starts_with(['u', 'g']))
+        .map(|line| line.split_whitespace().nth(1).unwrap())
+        .collect();
+    let mut asked = Vec::new();
+    for name in ["usbpolicyd.service", "usbpolicyd.socket", "usbvfiod@.service", "usbvfiod@.socket"] {
+        let text = unit(name);
+        for key in ["User", "Group", "SupplementaryGroups", "SocketUser", "SocketGroup"] {
+            asked.extend(
+                values(&text, key).iter().flat_map(|value| value.split_whitespace()).map(str::to_owned),
+            );
+        }
+    }
+    asked.retain(|name| name != "root" && !name.contains("%i"));
+    assert!(asked.len() >= 4);
+    for name in asked {
+        assert!(made.contains(&name.as_str()), "{name} is made by nobody");
+    }
+}
+
+#[test]
+fn sysusers_takes_its_file() {
+    let root = tempfile::tempdir().unwrap();
+    let file = directory().join("../sysusers.d/usbpolicyd.conf");
+    let root_option = format!("--root={}", root.path().display());
+    let output = run("systemd-sysusers", &[&root_option, "--dry-run", file.to_str().unwrap()]);
+    let said =
+        String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("usbpolicyd"), "{said}");
+}
