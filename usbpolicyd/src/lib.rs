@@ -1,5 +1,7 @@
 //! Decides by policy which USB device goes to which virtual machine. See `ARCHITECTURE.md`.
 
+pub mod ctl;
 pub mod facts;
 pub mod policy;
+pub mod policy_files;
 pub mod topology;

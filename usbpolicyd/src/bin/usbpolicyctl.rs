@@ -1,2 +1,7 @@
-//! The operator's tool.
-fn main() {}
+//! The operator's tool. All of it is in [`usbpolicyd::ctl`].
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    usbpolicyd::ctl::main()
+}

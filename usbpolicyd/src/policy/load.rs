@@ -1,7 +1,7 @@
 //! Puts the files of a policy together.
 //!
-//! Files are read by somebody else and come in as text. Vendor files come first, then the main file, then the
-//! administrator's drop-ins, each directory by file name. A table or named rule in a later file replaces the one of
+//! Files are read by somebody else and come in as text. Vendor files come first, then the main file (or files, in the
+//! order given), then the administrator's drop-ins, each directory by file name. A table or named rule in a later file replaces the one of
 //! that name in an earlier file; a drop-in of the administrator takes the place of the vendor's file of the same name,
 //! so an empty one masks it.
 
@@ -55,7 +55,7 @@ pub struct Loaded {
 /// Puts the files together. Any error makes the whole policy unusable, and all errors are returned.
 pub fn load(sources: &[Source]) -> Result<Loaded, Vec<Problem>> {
     let mut sorted: Vec<&Source> = sources.iter().collect();
-    sorted.sort_by(|a, b| (a.layer, a.name(), &a.path).cmp(&(b.layer, b.name(), &b.path)));
+    sorted.sort_by_key(|source| (source.layer, if source.layer == Layer::Main { "" } else { source.name() }));
     let mut merge = Merge::default();
     for (index, source) in sorted.iter().enumerate() {
         let masks = |other: &&&Source| {
@@ -80,6 +80,7 @@ pub fn load(sources: &[Source]) -> Result<Loaded, Vec<Problem>> {
     for problem in &mut problems {
         problem.quote(&sorted);
     }
+    problems.sort_by(|a, b| a.origin.cmp(&b.origin));
     if problems.iter().any(|problem| problem.severity == Severity::Error) {
         problems.retain(|problem| problem.severity == Severity::Error);
         return Err(problems);

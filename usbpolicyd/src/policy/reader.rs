@@ -295,6 +295,10 @@ pub(super) fn suggestion(found: &str, allowed: &[&str]) -> String {
 
 /// The one that was probably meant: a third of its characters wrong at most.
 pub(super) fn closest<'w>(found: &str, allowed: &[&'w str]) -> Option<&'w str> {
+    let last_part = |one: &&&str| one.rsplit_once('.').is_some_and(|(_, last)| last == found);
+    if let Some(best) = allowed.iter().find(last_part) {
+        return Some(best);
+    }
     let scored = allowed.iter().map(|one| (edits(found, one), *one));
     let (distance, best) = scored.min()?;
     (distance <= best.chars().count().div_ceil(3)).then_some(best)
