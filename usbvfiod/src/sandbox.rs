@@ -47,6 +47,9 @@ const CALLS: &[(libc::c_long, Allow)] = &[
     (libc::SYS_timerfd_settime, Allow::Any),
     // vfio-user and the policy channel: connections come in, none go out.
     (libc::SYS_accept4, Allow::Any),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_poll, Allow::Any),
+    (libc::SYS_ppoll, Allow::Any),
     (libc::SYS_recvmsg, Allow::Any),
     (libc::SYS_sendmsg, Allow::Any),
     (libc::SYS_getsockopt, Allow::Any),
