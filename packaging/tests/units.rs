@@ -3,6 +3,8 @@
 //! What they do on a running system is shown in `vm-tests`; here systemd's own tools read them. A missing tool fails the
 //! test: `make setup` installs it.
 
+#![expect(clippy::unwrap_used, reason = "a test says by its panic what went wrong")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
