@@ -1,1 +1,66 @@
-//! Scenarios on real kernels.
+//! Scenarios on real kernels: a virtual host with USB controllers ([`Host`]), our daemons in it, guests below it
+//! ([`Guest`]), and devices that are plugged and pulled while all of it runs.
+//!
+//! A scenario is a function that reads like what a person would do; everything it waits for has a deadline, and
+//! nothing waits by sleeping. See `docs/developer/vm-tests.md`.
+
+pub mod accel;
+pub mod agent;
+pub mod binaries;
+pub mod cpio;
+pub mod devices;
+pub mod guest;
+pub mod host;
+pub mod image;
+pub mod initramfs;
+pub mod log;
+pub mod mirror;
+pub mod modules;
+pub mod protocol;
+pub mod qmp;
+pub mod remote;
+pub mod slots;
+
+use std::io::Read;
+use std::sync::OnceLock;
+use std::time::Instant;
+
+use anyhow::Result;
+
+pub use devices::{Controller, Plugged, UsbDevice};
+pub use guest::{Guest, GuestConfig, Vmm};
+pub use host::{Host, HostConfig};
+pub use log::{Log, Mark};
+pub use remote::{Ended, Process, Remote};
+
+/// Boots a host, runs a scenario in it, and prints what an engineer needs if it fails.
+pub fn scenario(config: &HostConfig, body: impl FnOnce(&Host) -> Result<()>) -> Result<()> {
+    progress("waiting for a free place");
+    let _slot = slots::Slot::acquire()?;
+    let host = Host::boot(config)?;
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| body(&host)));
+    if !matches!(outcome, Ok(Ok(()))) {
+        eprintln!("{}", host.report());
+    }
+    match outcome {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+/// Tells a person what happens, with the seconds since the first such line; `cargo test` shows it for tests that fail.
+pub fn progress(what: &str) {
+    static START: OnceLock<Instant> = OnceLock::new();
+    eprintln!("[{:6.1} s] {what}", START.get_or_init(Instant::now).elapsed().as_secs_f32());
+}
+
+/// Copies a stream into a log until it ends, in a thread.
+fn follow(from: Option<impl Read + Send + 'static>, log: &Log) {
+    let (Some(mut from), log) = (from, log.clone()) else { return };
+    std::thread::spawn(move || {
+        let mut buffer = [0; 8192];
+        while let Ok(length @ 1..) = from.read(&mut buffer) {
+            log.push(&buffer[..length]);
+        }
+    });
+}

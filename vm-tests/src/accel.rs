@@ -1,0 +1,50 @@
+//! How the host under test gets its processor: from KVM if that can run a stock kernel that can run guests, else emulated.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::image;
+
+/// A way to run a virtual machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accel {
+    /// The real processor.
+    Kvm,
+    /// QEMU's emulation, with AMD SVM and nested paging inside.
+    Tcg,
+}
+
+impl Accel {
+    /// For QEMU's command line.
+    pub fn arguments(self) -> [&'static str; 4] {
+        match self {
+            Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
+            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max"],
+        }
+    }
+}
+
+/// What to try, in this order. KVM is tried once per boot of this machine: it may be there and still be of no use.
+pub fn candidates() -> Result<Vec<Accel>> {
+    let usable = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+    let known = std::fs::read_to_string(memory()?).ok();
+    Ok(match known.as_deref() {
+        Some("no") => vec![Accel::Tcg],
+        _ if usable => vec![Accel::Kvm, Accel::Tcg],
+        _ => vec![Accel::Tcg],
+    })
+}
+
+/// Keeps what came out.
+pub fn remember(accel: Accel, works: bool) -> Result<()> {
+    if accel == Accel::Kvm {
+        std::fs::write(memory()?, if works { "yes" } else { "no" })?;
+    }
+    Ok(())
+}
+
+fn memory() -> Result<PathBuf> {
+    let boot = std::fs::read_to_string(Path::new("/proc/sys/kernel/random/boot_id")).unwrap_or_default();
+    Ok(image::cache_directory()?.join(format!("kvm-{}", boot.trim())))
+}

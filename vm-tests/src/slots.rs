@@ -1,0 +1,44 @@
+//! How many virtual hosts run at once on this machine: the one place for that limit, shared by all test processes.
+
+use std::fs::{File, OpenOptions};
+
+use anyhow::{Context, Result, ensure};
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::image;
+
+/// The right to run one virtual host; given back when dropped or when its process dies.
+pub struct Slot {
+    _lock: Flock<File>,
+}
+
+impl Slot {
+    /// Waits for a free one. `VM_TESTS_PARALLEL` sets their number; by default one for each two processors, as a
+    /// virtual host keeps two busy.
+    pub fn acquire() -> Result<Self> {
+        let processors = std::thread::available_parallelism().map_or(2, usize::from);
+        let count: usize = match std::env::var("VM_TESTS_PARALLEL") {
+            Ok(number) => number.parse().context("VM_TESTS_PARALLEL is a number")?,
+            Err(_) => (processors / 2).max(1),
+        };
+        ensure!(count > 0, "VM_TESTS_PARALLEL must not be 0");
+        let cache = image::cache_directory()?;
+        let open = |number: usize| {
+            let path = cache.join(format!("slot-{number}.lock"));
+            OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(&path)
+                .with_context(|| format!("open {}", path.display()))
+        };
+        for number in 0..count {
+            if let Ok(lock) = Flock::lock(open(number)?, FlockArg::LockExclusiveNonblock) {
+                return Ok(Self { _lock: lock });
+            }
+        }
+        // All are taken. Waiters spread over the slots; one that becomes free elsewhere first is not noticed.
+        let number = std::process::id() as usize % count;
+        let lock = Flock::lock(open(number)?, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
+        Ok(Self { _lock: lock })
+    }
+}
