@@ -32,6 +32,8 @@ pub enum Vmm {
         /// Properties such as `hostbus=2,hostport=1`.
         devices: Vec<String>,
     },
+    /// Cloud Hypervisor without any USB.
+    CloudHypervisorPlain,
     /// QEMU without any USB.
     QemuPlain,
 }
@@ -202,15 +204,15 @@ fn command_line(host: &Host, config: &GuestConfig) -> Result<Vec<String>> {
     let kernel = format!("/boot/vmlinuz-{}", host.image().kernel_version);
     let initramfs = "/stage/guest.initramfs";
     let arguments = "panic=-1 mitigations=off nokaslr no_timer_check random.trust_cpu=on loglevel=4";
-    let mut argv: Vec<String> = match &config.vmm {
-        Vmm::CloudHypervisor { socket } => {
+    let size = format!("{}M", config.memory_mib);
+    let arguments = format!("console=ttyS0 {arguments} {}", config.kernel_arguments);
+    match &config.vmm {
+        vmm @ (Vmm::CloudHypervisor { .. } | Vmm::CloudHypervisorPlain) => {
             if std::env::var_os("CLOUD_HYPERVISOR").is_none() {
                 bail!("CLOUD_HYPERVISOR does not name a binary");
             }
-            let arguments = format!("console=ttyS0 {arguments} {}", config.kernel_arguments);
-            let memory = format!("size={}M,shared=on", config.memory_mib);
-            let device = format!("socket={socket}");
-            words(&[
+            let memory = format!("size={size},shared=on");
+            let argv: Vec<String> = words(&[
                 "cloud-hypervisor",
                 "--kernel",
                 &kernel,
@@ -219,16 +221,22 @@ fn command_line(host: &Host, config: &GuestConfig) -> Result<Vec<String>> {
                 "--cmdline",
                 &arguments,
             ])
-            .chain(words(&["--memory", &memory, "--cpus", "boot=1", "--user-device", &device]))
+            .chain(words(&["--memory", &memory, "--cpus", "boot=1"]))
             .chain(words(&["--serial", "file=/proc/self/fd/2", "--console", "tty"]))
-            .collect()
+            .chain(usb_arguments(vmm))
+            .chain(config.vmm_arguments.iter().cloned())
+            .collect();
+            // Cloud Hypervisor reads its console from standard input only if that is a terminal.
+            let quoted: Vec<String> =
+                argv.iter().map(|word| format!("'{}'", word.replace('\'', "'\\''"))).collect();
+            let inner = format!("stty raw -echo; exec {} 2>&3 3>&-", quoted.join(" "));
+            Ok(words(&["sh", "-c", "exec script -qfec \"$1\" /dev/null 3>&2", "cloud-hypervisor", &inner])
+                .collect())
         }
         vmm => {
-            let arguments = format!("console=ttyS0 {arguments} {}", config.kernel_arguments);
-            let size = format!("{}M", config.memory_mib);
             let memory = format!("memory-backend-memfd,id=ram,size={size},share=on");
             let port = format!("virtserialport,chardev=agent,name={}", agent::PORT_NAME);
-            words(&["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"])
+            Ok(words(&["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"])
                 .chain(words(&["-accel", "kvm", "-cpu", "host", "-smp", "1", "-m", &size]))
                 .chain(words(&["-object", &memory, "-machine", "q35,memory-backend=ram"]))
                 .chain(words(&["-kernel", &kernel, "-initrd", initramfs, "-append", &arguments]))
@@ -241,11 +249,10 @@ fn command_line(host: &Host, config: &GuestConfig) -> Result<Vec<String>> {
                 .chain(words(&["-chardev", "stdio,id=agent,signal=off", "-device", "virtio-serial-pci"]))
                 .chain(words(&["-device", &port]))
                 .chain(usb_arguments(vmm))
-                .collect()
+                .chain(config.vmm_arguments.iter().cloned())
+                .collect())
         }
-    };
-    argv.extend(config.vmm_arguments.iter().cloned());
-    Ok(argv)
+    }
 }
 
 fn words(words: &[&str]) -> impl Iterator<Item = String> {
@@ -262,6 +269,7 @@ fn usb_arguments(vmm: &Vmm) -> Vec<String> {
         Vmm::QemuUsbHost { devices } => words(&["-device", "qemu-xhci,p2=8,p3=8"])
             .chain(devices.iter().flat_map(|device| ["-device".to_owned(), format!("usb-host,{device}")]))
             .collect(),
-        Vmm::QemuPlain | Vmm::CloudHypervisor { .. } => Vec::new(),
+        Vmm::CloudHypervisor { socket } => words(&["--user-device", &format!("socket={socket}")]).collect(),
+        Vmm::QemuPlain | Vmm::CloudHypervisorPlain => Vec::new(),
     }
 }

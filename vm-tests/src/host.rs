@@ -105,8 +105,7 @@ impl Host {
         for (variable, name) in [("CLOUD_HYPERVISOR", "cloud-hypervisor"), ("PEER_USBVFIOD", "peer-usbvfiod")]
         {
             if let Some(from) = std::env::var_os(variable).map(PathBuf::from) {
-                binaries::stage(&from, &share.join("bin").join(name))
-                    .with_context(|| format!("{variable}"))?;
+                binaries::stage(&from, &share.join("bin").join(name)).context(variable)?;
             }
         }
         std::fs::write(share.join("host-start.sh"), include_bytes!("host-start.sh"))?;

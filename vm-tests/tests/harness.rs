@@ -25,3 +25,19 @@ fn a_stick_reaches_a_guest_through_qemus_usb_host() -> Result<()> {
         Ok(())
     })
 }
+
+/// Cloud Hypervisor boots our guest from the same kernel; with no device from us yet.
+#[test]
+fn cloud_hypervisor_runs_a_guest() -> Result<()> {
+    if std::env::var_os("CLOUD_HYPERVISOR").is_none() {
+        eprintln!("skipped: CLOUD_HYPERVISOR names no binary");
+        return Ok(());
+    }
+    scenario(&HostConfig::default(), |host| {
+        let guest = Guest::start(host, &GuestConfig::new("vm1", Vmm::CloudHypervisorPlain))?;
+        assert_eq!(guest.run("uname -s")?, "Linux");
+        guest.reboot()?;
+        assert_eq!(guest.run("uname -s")?, "Linux");
+        Ok(())
+    })
+}
