@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what the tests on real kernels need on this machine (Debian 12 or 13), and says what it does.
+# Installs what building and the tests on real kernels need on this machine (Debian 12 or 13), and says what it does.
 set -eu
 
 missing=
@@ -11,6 +11,8 @@ need qemu-system-x86_64 qemu-system-x86
 need xz xz-utils
 need tar tar
 need cc gcc
+need pkg-config pkg-config
+[ -e /usr/include/libudev.h ] || missing="$missing libudev-dev"
 [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || missing="$missing debian-archive-keyring"
 [ -e /usr/share/seabios/bios-256k.bin ] || missing="$missing seabios"
 if [ "$(id -u)" != 0 ]; then
