@@ -23,8 +23,8 @@ use crate::topology::{Connector, Controller, Half, HubPort, KernelName, PortAddr
 
 /// Longest attribute that is read, in bytes. A sysfs attribute has at most a page.
 const ATTRIBUTE_MAX: u64 = 4096;
-/// Longest descriptor blob that is read: eight configurations of the greatest length there is.
-const DESCRIPTORS_MAX: u64 = 18 + 8 * 65_535;
+/// Longest descriptor blob that is read, as from the open node (`common::usbfs`).
+const DESCRIPTORS_MAX: u64 = 128 * 1024;
 /// Longest string of a device: 126 UTF-16 units (USB 2.0 §9.6.7).
 const STRING_MAX: usize = 126;
 /// Most entries of `/sys/bus/usb/devices` that are looked at: 64 buses of 127 devices with four interfaces each.

@@ -1,0 +1,106 @@
+//! The workers: threads for everything that can wait for a device, so that the daemon's loop never does.
+//!
+//! A job goes in by [`Workers::start`], its result comes out of [`Workers::finished`] after the event descriptor became
+//! readable. One device has at most one job at a time (the broker sees to that), so results need no order.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread;
+
+use common::ids::DeviceId;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::broker::OnRelease;
+use crate::sysfs::Present;
+use crate::usbnode::{NodeError, Nodes, Options, Ready};
+
+/// Threads. Each stuck device keeps one of them for up to 5 s per call.
+const THREADS: usize = 4;
+
+/// Something that can take long.
+#[derive(Debug)]
+pub enum Job {
+    /// Make a device ready to be sent.
+    Prepare(DeviceId, Box<Present>, Options),
+    /// Do what its release asks.
+    Release(DeviceId, Box<Present>, OnRelease),
+}
+
+/// How it ended.
+#[derive(Debug)]
+pub enum Done {
+    /// Of [`Job::Prepare`].
+    Prepared(DeviceId, Result<Ready, NodeError>),
+    /// Of [`Job::Release`].
+    Released(DeviceId, Result<(), NodeError>),
+}
+
+/// The threads and both ends of their queues.
+pub struct Workers {
+    jobs: mpsc::Sender<Job>,
+    done: mpsc::Receiver<Done>,
+    wake: Arc<EventFd>,
+}
+
+impl Workers {
+    /// Starts them.
+    pub fn new(nodes: &Nodes) -> io::Result<Self> {
+        let (jobs, queue) = mpsc::channel();
+        // Shared by the workers: each takes the next job from it.
+        let queue = Arc::new(Mutex::new(queue));
+        let (results, done) = mpsc::channel();
+        // Shared with the workers, who write it when a result is there.
+        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+        for number in 0..THREADS {
+            let (queue, results, wake) = (Arc::clone(&queue), results.clone(), Arc::clone(&wake));
+            let nodes = nodes.clone();
+            let name = format!("worker-{number}");
+            thread::Builder::new().name(name).spawn(move || {
+                loop {
+                    let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                    let Ok(job) = job else { return };
+                    if results.send(run(&nodes, job)).is_err() {
+                        return;
+                    }
+                    // Fails only when the counter is full, and then it is readable.
+                    let _ = wake.write(1);
+                }
+            })?;
+        }
+        Ok(Self { jobs, done, wake })
+    }
+
+    /// Hands a job to the next free worker.
+    pub fn start(&self, job: Job) {
+        // The workers end only with us.
+        let _ = self.jobs.send(job);
+    }
+
+    /// Takes all results that are there.
+    pub fn finished(&self) -> Vec<Done> {
+        // Empty is normal: the results of two wakes may have been taken at the first.
+        let _ = self.wake.read();
+        self.done.try_iter().collect()
+    }
+}
+
+impl AsFd for Workers {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+}
+
+fn run(nodes: &Nodes, job: Job) -> Done {
+    match job {
+        Job::Prepare(id, device, options) => Done::Prepared(id, nodes.prepare(&device, options)),
+        Job::Release(id, device, how) => {
+            let result = match how {
+                OnRelease::Host => nodes.give_back(&device),
+                OnRelease::Hold => Ok(()),
+                OnRelease::Deauthorize => nodes.deauthorize(&device),
+            };
+            Done::Released(id, result)
+        }
+    }
+}
