@@ -148,6 +148,12 @@ impl AsFd for Channel {
     }
 }
 
+impl From<Channel> for OwnedFd {
+    fn from(channel: Channel) -> Self {
+        channel.socket
+    }
+}
+
 impl TryFrom<OwnedFd> for Channel {
     type Error = ChannelError;
 

@@ -50,15 +50,6 @@ pub enum OnRelease {
     Deauthorize,
 }
 
-/// Where a device should be.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Want {
-    /// The VM that should have it.
-    pub vm: VmName,
-    /// Whether it may be taken from another VM that has it now (`preempt`, or an operator's word).
-    pub take_over: bool,
-}
-
 /// One device that is plugged in now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -68,8 +59,8 @@ pub struct Entry {
     pub address: BusAddress,
     /// The way to it from its root hub.
     pub ports: PortChain,
-    /// The VM it is for, if any.
-    pub want: Option<Want>,
+    /// The VM it is for, if any. Whether one VM may take it from another is decided before (`policy::decide`).
+    pub want: Option<VmName>,
     /// What happens when it leaves its VM.
     pub on_release: OnRelease,
     /// The VM that a former run of this daemon gave it to. Counts only when the device is new to the broker.
@@ -399,8 +390,7 @@ impl Broker {
     }
 
     fn free_state(&self, now: Duration, device: &Device) -> State {
-        if let Some(want) = &device.entry.want {
-            let vm = want.vm.clone();
+        if let Some(vm) = device.entry.want.clone() {
             let machine = self.machines.get(&vm).cloned().unwrap_or_default();
             return match (machine.link, machine.service) {
                 (Link::Down | Link::Unknown, _) => State::VmDown(vm),

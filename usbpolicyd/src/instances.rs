@@ -198,7 +198,9 @@ impl Instances {
         let mut inputs = Vec::new();
         let Some(vm) = self.vm_of(link) else { return inputs };
         for _ in 0..MESSAGES_PER_TURN {
-            let Some(instance) = self.vms.get_mut(&vm).filter(|instance| instance.link == link) else { break };
+            let Some(instance) = self.vms.get_mut(&vm).filter(|instance| instance.link == link) else {
+                break;
+            };
             match instance.receive(&vm, link, &mut inputs) {
                 Ok(true) => {}
                 Ok(false) => break,
@@ -348,10 +350,13 @@ impl Instance {
     /// Takes one message; `Ok(false)` when there is none. An error closes the connection.
     fn receive(&mut self, vm: &VmName, link: LinkId, inputs: &mut Vec<Input>) -> Result<bool, String> {
         let channel = match &mut self.stage {
-            Stage::Greeting { channel, .. } | Stage::Listing { channel, .. } | Stage::Up { channel } => channel,
+            Stage::Greeting { channel, .. } | Stage::Listing { channel, .. } | Stage::Up { channel } => {
+                channel
+            }
             Stage::Away { .. } => return Ok(false),
         };
-        let Some((message, file)) = channel.receive::<FromInstance>().map_err(|error| error.to_string())? else {
+        let Some((message, file)) = channel.receive::<FromInstance>().map_err(|error| error.to_string())?
+        else {
             return Ok(false);
         };
         if file.is_some() {

@@ -1,12 +1,18 @@
 //! Decides by policy which USB device goes to which virtual machine. See `ARCHITECTURE.md`.
 
+pub mod admin;
+pub mod audit;
 pub mod broker;
+pub mod cli;
 pub mod ctl;
+pub mod daemon;
 pub mod facts;
 pub mod instances;
+pub mod inventory;
 pub mod jobs;
 pub mod policy;
 pub mod policy_files;
+pub mod record;
 pub mod sysfs;
 pub mod topology;
 pub mod uevent;

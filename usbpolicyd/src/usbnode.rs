@@ -45,8 +45,8 @@ pub enum NodeError {
     },
     /// No right to open the node.
     #[error(
-        "no right to open {node} for reading and writing: it must belong to group usbpolicyd with mode 0660 \
-         (install 70-usbpolicyd.rules in /etc/udev/rules.d, then `udevadm trigger --subsystem-match=usb`)"
+        "no right to open {node} for reading and writing: install 70-usbpolicyd.rules in /etc/udev/rules.d, which \
+         gives the nodes to user usbpolicyd, then run `udevadm trigger --subsystem-match=usb`"
     )]
     Denied {
         /// Path of the node.
@@ -61,7 +61,9 @@ pub enum NodeError {
         source: NotUsbfs,
     },
     /// Another program has claimed it.
-    #[error("interface {interface} of {node} is claimed by another program through usbfs; close that program")]
+    #[error(
+        "interface {interface} of {node} is claimed by another program through usbfs; close that program"
+    )]
     Claimed {
         /// Path of the node.
         node: PathBuf,
@@ -228,24 +230,30 @@ impl Nodes {
         node: &Path,
         ready: &mut Ready,
     ) -> Result<(), NodeError> {
-        if let Some(active) = device.facts.active_configuration {
+        // Opening waited until the kernel was done with the device, so this is newer than the facts.
+        let active = active_configuration(device);
+        if let Some(active) = active {
             ready.configuration = active;
             detach_drivers(device, node, ready)?;
         }
         if options.reset {
             ready.file.reset().map_err(|errno| kernel(node, "reset", errno))?;
-            let bytes = ready.file.descriptors().map_err(|errno| kernel(node, "reading descriptors", errno))?;
+            let bytes =
+                ready.file.descriptors().map_err(|errno| kernel(node, "reading descriptors", errno))?;
             if !descriptors::same_device(&device.descriptors, &bytes) {
-                return Err(NodeError::OtherDevice { node: node.to_owned(), what: "descriptors after reset" });
+                return Err(NodeError::OtherDevice {
+                    node: node.to_owned(),
+                    what: "descriptors after reset",
+                });
             }
         }
-        if device.facts.active_configuration.is_none() {
+        if active.is_none() {
             let value = options.configuration.or_else(|| usual_configuration(device)).unwrap_or(1);
             let result = ready.file.set_configuration(value);
             result.map_err(|errno| kernel(node, "setting the configuration", errno))?;
             ready.configuration = value;
         }
-        if options.reset || device.facts.active_configuration.is_none() {
+        if options.reset || active.is_none() {
             // Both let host drivers have another look, unless the port is claimed.
             detach_drivers(device, node, ready)?;
         }
@@ -260,15 +268,11 @@ impl Nodes {
         }
         let file = self.open(device)?;
         let node = self.path(device);
-        let active = match crate::sysfs::number::<u8>(&device.plug.syspath, "bConfigurationValue") {
-            Some(active) if active != 0 => active,
-            _ => {
-                // Setting a configuration makes the drivers look.
-                let value = usual_configuration(device).unwrap_or(1);
-                return file
-                    .set_configuration(value)
-                    .map_err(|errno| kernel(&node, "setting the configuration", errno));
-            }
+        let Some(active) = active_configuration(device) else {
+            // Setting a configuration makes the drivers look.
+            let value = usual_configuration(device).unwrap_or(1);
+            let result = file.set_configuration(value);
+            return result.map_err(|errno| kernel(&node, "setting the configuration", errno));
         };
         for interface in interfaces_of(device, active) {
             connect(&file, interface, &node)?;
@@ -324,6 +328,11 @@ fn detach_drivers(device: &Present, node: &Path, ready: &mut Ready) -> Result<()
         }
     }
     Ok(())
+}
+
+/// The configuration that is set now.
+fn active_configuration(device: &Present) -> Option<u8> {
+    crate::sysfs::number::<u8>(&device.plug.syspath, "bConfigurationValue").filter(|value| *value != 0)
 }
 
 /// Numbers of the interfaces of one configuration, each once.

@@ -94,7 +94,7 @@ impl Broker {
             self.account_hold(now, vm, link, hold, out);
         }
         for (id, device) in &mut self.devices {
-            if device.entry.want.as_ref().is_some_and(|want| want.vm == *vm) {
+            if device.entry.want.as_ref() == Some(vm) {
                 device.backoff = Backoff::default();
             }
             if device.place.holder() == Some(vm) && !holds.iter().any(|hold| hold.id == *id) {

@@ -6,9 +6,9 @@ impl Broker {
     /// The VM a device should go to now, with its connection: wanted, up, and served.
     pub(super) fn target(&self, device: &Device) -> Option<(VmName, LinkId)> {
         let want = device.entry.want.as_ref().filter(|_| device.present)?;
-        let machine = self.machines.get(&want.vm)?;
+        let machine = self.machines.get(want)?;
         match (machine.link, machine.service) {
-            (Link::Up(link), Service::Running) => Some((want.vm.clone(), link)),
+            (Link::Up(link), Service::Running) => Some((want.clone(), link)),
             _ => None,
         }
     }
@@ -23,7 +23,7 @@ impl Broker {
         }
         match &device.entry.want {
             None => Some(Why::NotWanted),
-            Some(want) if want.vm != *vm && want.take_over => Some(Why::Moved),
+            Some(want) if want != vm => Some(Why::Moved),
             Some(_) => None,
         }
     }

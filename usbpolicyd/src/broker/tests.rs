@@ -10,7 +10,7 @@ const SECOND: Duration = Duration::from_secs(1);
 /// One device for `vm0`, which runs; everything attached.
 fn attached() -> World {
     let mut world = World::new(1, 2);
-    world.run([Move::Want(0, Some(0), false), Move::Plug(0), Move::StartVm(0), Move::StartVm(1)]);
+    world.run([Move::Want(0, Some(0)), Move::Plug(0), Move::StartVm(0), Move::StartVm(1)]);
     world.calm_down();
     assert_eq!(world.holder(0), Some(0));
     world
@@ -23,7 +23,7 @@ fn device_before_vm_and_vm_before_device_end_alike() {
         [Move::StartVm(0), Move::Dial(0), Move::Plug(0), Move::Read],
     ] {
         let mut world = World::new(1, 1);
-        world.make(Move::Want(0, Some(0), false));
+        world.make(Move::Want(0, Some(0)));
         world.run(moves);
         world.calm_down();
         assert_eq!(world.holder(0), Some(0));
@@ -33,7 +33,7 @@ fn device_before_vm_and_vm_before_device_end_alike() {
 #[test]
 fn device_counts_as_attached_only_after_the_answer() {
     let mut world = World::new(1, 1);
-    world.run([Move::Want(0, Some(0), false), Move::Plug(0), Move::StartVm(0), Move::Dial(0), Move::Read]);
+    world.run([Move::Want(0, Some(0)), Move::Plug(0), Move::StartVm(0), Move::Dial(0), Move::Read]);
     world.run([Move::Job(true), Move::InstanceReads(0, true)]);
     assert_eq!(world.broker.state(world.now, world.id(0)), Some(State::Attaching(vm(0))));
     world.make(Move::DaemonReads(0));
@@ -49,17 +49,9 @@ fn device_nobody_wants_stays_untouched() {
 }
 
 #[test]
-fn reload_that_names_another_vm_moves_nothing() {
+fn device_for_another_vm_moves_from_hand_to_hand() {
     let mut world = attached();
-    world.run([Move::Want(0, Some(1), false), Move::Read]);
-    world.calm_down();
-    assert_eq!(world.holder(0), Some(0));
-}
-
-#[test]
-fn taking_over_moves_the_device() {
-    let mut world = attached();
-    world.run([Move::Want(0, Some(1), true), Move::Read]);
+    world.run([Move::Want(0, Some(1)), Move::Read]);
     world.calm_down();
     assert_eq!(world.holder(0), Some(1));
     // From hand to hand: the host's drivers never saw it in between.
@@ -99,7 +91,7 @@ fn cut_connection_frees_nothing() {
 #[test]
 fn refusals_back_off_and_are_visible() {
     let mut world = World::new(1, 1);
-    world.run([Move::Want(0, Some(0), false), Move::Plug(0), Move::StartVm(0), Move::Dial(0), Move::Read]);
+    world.run([Move::Want(0, Some(0)), Move::Plug(0), Move::StartVm(0), Move::Dial(0), Move::Read]);
     let mut pauses = Vec::new();
     for _ in 0..11 {
         world.run([Move::Job(true), Move::InstanceReads(0, false), Move::DaemonReads(0)]);
@@ -116,13 +108,13 @@ fn refusals_back_off_and_are_visible() {
 #[test]
 fn silent_instance_is_asked_back_and_then_stuck() {
     let mut world = World::new(1, 2);
-    world.run([Move::Want(0, Some(0), false), Move::Plug(0), Move::StartVm(0), Move::Dial(0), Move::Read]);
+    world.run([Move::Want(0, Some(0)), Move::Plug(0), Move::StartVm(0), Move::Dial(0), Move::Read]);
     world.run([Move::Job(true), Move::Pass(ATTACH_DEADLINE)]);
     assert_eq!(world.broker.state(world.now, world.id(0)), Some(State::Detaching(vm(0))));
     world.make(Move::Pass(DETACH_DEADLINE));
     assert_eq!(world.broker.state(world.now, world.id(0)), Some(State::Stuck(vm(0))));
     // Nobody else gets it now, whoever wants it.
-    world.run([Move::StartVm(1), Move::Dial(1), Move::Want(0, Some(1), true), Move::Read]);
+    world.run([Move::StartVm(1), Move::Dial(1), Move::Want(0, Some(1)), Move::Read]);
     assert_eq!(world.broker.state(world.now, world.id(0)), Some(State::Stuck(vm(0))));
     world.calm_down();
     assert_eq!(world.holder(0), Some(1));
@@ -157,7 +149,7 @@ fn limit_of_a_vm_leaves_the_later_device_waiting() {
         id: DeviceId(id),
         address: BusAddress { bus: 1, device: id as u32 },
         ports: PortChain::new(&[id as u8]).unwrap(),
-        want: Some(Want { vm: vm(0), take_over: false }),
+        want: Some(vm(0)),
         on_release: OnRelease::Host,
         recalled: None,
     };
@@ -182,7 +174,7 @@ fn unknown_device_in_a_list_is_adopted_by_its_place_and_detached_without_one() {
         id: DeviceId(1),
         address: BusAddress { bus: 1, device: 4 },
         ports: PortChain::new(&[1]).unwrap(),
-        want: Some(Want { vm: vm(0), take_over: false }),
+        want: Some(vm(0)),
         on_release: OnRelease::Host,
         recalled: None,
     };
@@ -196,7 +188,7 @@ fn unknown_device_in_a_list_is_adopted_by_its_place_and_detached_without_one() {
 #[test]
 fn nothing_is_handed_over_before_the_instances_told_what_they_hold() {
     let mut world = World::new(1, 2);
-    world.run([Move::Want(0, Some(0), false), Move::Plug(0), Move::StartVm(0), Move::StartVm(1)]);
+    world.run([Move::Want(0, Some(0)), Move::Plug(0), Move::StartVm(0), Move::StartVm(1)]);
     world.run([Move::DaemonDies, Move::Dial(0), Move::Read]);
     assert_eq!(world.broker.state(world.now, world.id(0)), Some(State::Starting));
     world.make(Move::Dial(1));
@@ -206,7 +198,7 @@ fn nothing_is_handed_over_before_the_instances_told_what_they_hold() {
 #[test]
 fn hung_instance_holds_up_the_others_for_the_barrier_only() {
     let mut world = World::new(1, 2);
-    world.run([Move::Want(0, Some(0), false), Move::Plug(0), Move::StartVm(0), Move::StartVm(1)]);
+    world.run([Move::Want(0, Some(0)), Move::Plug(0), Move::StartVm(0), Move::StartVm(1)]);
     world.run([Move::DaemonDies, Move::Dial(0), Move::Read, Move::Pass(START_BARRIER)]);
     assert_eq!(world.broker.state(world.now, world.id(0)), Some(State::Attaching(vm(0))));
 }
@@ -246,8 +238,8 @@ fn all_short_sequences_keep_one_holder_and_settle() {
         Move::Plug(0),
         Move::Pull(0),
         Move::Read,
-        Move::Want(0, Some(1), true),
-        Move::Want(0, None, false),
+        Move::Want(0, Some(1)),
+        Move::Want(0, None),
         Move::CrashVm(0),
         Move::StartVm(0),
         Move::Dial(0),
@@ -270,10 +262,10 @@ fn all_short_sequences_keep_one_holder_and_settle() {
         }
     }
     let mut offered = World::new(1, 2);
-    offered.run([Move::Want(0, Some(0), false), Move::Plug(0), Move::StartVm(0), Move::StartVm(1)]);
+    offered.run([Move::Want(0, Some(0)), Move::Plug(0), Move::StartVm(0), Move::StartVm(1)]);
     offered.run([Move::Dial(0), Move::Dial(1), Move::Read, Move::Job(true)]);
     let mut leaving = attached();
-    leaving.run([Move::Want(0, Some(1), true), Move::Read]);
+    leaving.run([Move::Want(0, Some(1)), Move::Read]);
     for start in [World::new(1, 2), attached(), offered, leaving] {
         explore(&start, 3);
     }
@@ -282,13 +274,13 @@ fn all_short_sequences_keep_one_holder_and_settle() {
 fn any_move() -> impl Strategy<Value = Move> {
     let socket = 0..2_usize;
     let at = 0..2_usize;
-    let want = (socket.clone(), proptest::option::of(at.clone()), any::<bool>());
+    let want = (socket.clone(), proptest::option::of(at.clone()));
     let service = prop_oneof![Just(Service::Running), Just(Service::Paused), Just(Service::Drained)];
     prop_oneof![
         4 => socket.clone().prop_map(Move::Plug),
         2 => socket.prop_map(Move::Pull),
         6 => Just(Move::Read),
-        3 => want.prop_map(|(socket, vm, take_over)| Move::Want(socket, vm, take_over)),
+        3 => want.prop_map(|(socket, vm)| Move::Want(socket, vm)),
         3 => at.clone().prop_map(Move::StartVm),
         1 => at.clone().prop_map(Move::CrashVm),
         4 => at.clone().prop_map(Move::Dial),

@@ -13,7 +13,7 @@ pub(super) enum Move {
     /// sysfs is read: events came, or the safety timer.
     Read,
     /// The policy changes: this device is for this VM (or nobody) from the next reading on.
-    Want(usize, Option<usize>, bool),
+    Want(usize, Option<usize>),
     StartVm(usize),
     CrashVm(usize),
     /// The daemon connects and gets `Hello` and `List` answered.
@@ -55,7 +55,7 @@ struct Instance {
 #[derive(Clone, Debug)]
 struct Socket {
     plugged: Option<usize>,
-    want: Option<(usize, bool)>,
+    want: Option<usize>,
 }
 
 #[derive(Clone, Debug)]
@@ -133,9 +133,7 @@ impl World {
                 let entries = self.entries();
                 self.step(Input::Inventory(entries, BTreeMap::new()));
             }
-            Move::Want(socket, want, take_over) => {
-                self.sockets[socket].want = want.map(|vm| (vm, take_over));
-            }
+            Move::Want(socket, want) => self.sockets[socket].want = want,
             Move::StartVm(at) => self.instances[at].alive = true,
             Move::CrashVm(at) => {
                 if std::mem::take(&mut self.instances[at]).link.is_some() {
@@ -182,7 +180,7 @@ impl World {
                 id,
                 address: BusAddress { bus: 1, device: plug as u32 },
                 ports: PortChain::new(&[index as u8 + 1]).unwrap(),
-                want: socket.want.map(|(at, take_over)| Want { vm: vm(at), take_over }),
+                want: socket.want.map(vm),
                 on_release: OnRelease::Host,
                 recalled: recorded.map(|(_, (_, vm))| vm.clone()),
             });
@@ -376,7 +374,7 @@ impl World {
     /// After [`Self::calm_down`]: everything is where it should be, and one more reading changes nothing.
     pub(super) fn assert_settled(&mut self) {
         for (index, socket) in self.sockets.iter().enumerate() {
-            let Some((at, take_over)) = socket.want.filter(|_| socket.plugged.is_some()) else {
+            let Some(at) = socket.want.filter(|_| socket.plugged.is_some()) else {
                 assert_eq!(self.holder(index), None, "{self:#?}");
                 continue;
             };
@@ -385,8 +383,6 @@ impl World {
                 (self.instances[at].alive, service)
             };
             match (self.holder(index), served(at)) {
-                // Without leave to take over, whoever has it keeps it.
-                (Some(holder), _) if holder != at => assert!(!take_over, "{self:#?}"),
                 (holder, (true, Service::Running)) => assert_eq!(holder, Some(at), "{self:#?}"),
                 (holder, (true, Service::Drained) | (false, _)) => assert_eq!(holder, None, "{self:#?}"),
                 (_, (true, Service::Paused)) => {}

@@ -2,7 +2,11 @@
 //! `plan`, `diff` and `generate` can do without it.
 
 mod check;
+mod events;
+mod list;
+mod online;
 mod text;
+mod vm;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -23,6 +27,15 @@ const EXIT_HELP: &str =
 #[derive(Debug, Subcommand)]
 enum Verb {
     Check(check::Args),
+    List(list::Args),
+    Vm(vm::Args),
+    Log(events::LogArgs),
+    Watch(events::WatchArgs),
+    /// Load the policy again; a bad one is refused and the old one stays in force
+    Reload(events::PlainArgs),
+    Retry(events::RetryArgs),
+    /// Show the daemon's own state, as JSON
+    Status(events::PlainArgs),
 }
 
 /// How a verb ended.
@@ -67,7 +80,34 @@ pub fn main() -> ExitCode {
 fn run(cli: &Cli, out: &mut dyn Write) -> anyhow::Result<Outcome> {
     match &cli.verb {
         Verb::Check(args) => check::run(args, out),
+        Verb::List(args) => list::run(args, out),
+        Verb::Vm(args) => vm::run(args, out),
+        Verb::Log(args) => events::log(args, out),
+        Verb::Watch(args) => events::watch(args, out),
+        Verb::Reload(args) => events::reload(args, out),
+        Verb::Retry(args) => events::retry(args, out),
+        Verb::Status(args) => events::status(args, out),
     }
+}
+
+/// The daemon's last word: what it did, or why it refused.
+fn finish(result: Result<String, String>, out: &mut dyn Write) -> anyhow::Result<Outcome> {
+    match result {
+        Ok(text) if text.is_empty() => Ok(Outcome::Done),
+        Ok(text) => {
+            text.lines().try_for_each(|line| writeln!(out, "{}", text::escaped(line)))?;
+            Ok(Outcome::Done)
+        }
+        Err(text) => Ok(refused(&text)),
+    }
+}
+
+/// Shows a refusal of the daemon.
+fn refused(text: &str) -> Outcome {
+    for line in text.lines() {
+        eprintln!("usbpolicyctl: {}", text::escaped(line));
+    }
+    Outcome::Found
 }
 
 /// `usbpolicyctl … | head` is no failure.

@@ -53,7 +53,8 @@ impl Watch {
         // While `run_dir` is missing its parent tells when it appears.
         let parent = self.run_dir.parent().filter(|_| !self.run_dir.exists());
         let own = vms(&self.run_dir).into_iter().map(|vm| self.run_dir.join(vm.as_str()));
-        let all = own.chain([self.run_dir.clone()]).chain(parent.map(Path::to_owned)).chain(self.extra.clone());
+        let all =
+            own.chain([self.run_dir.clone()]).chain(parent.map(Path::to_owned)).chain(self.extra.clone());
         for directory in all {
             match self.inotify.add_watch(&directory, flags) {
                 Ok(_) | Err(Errno::ENOENT | Errno::ENOTDIR) => {}

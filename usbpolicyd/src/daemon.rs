@@ -1,0 +1,436 @@
+//! The shell: waits on all descriptors, turns what they say into the broker's inputs and performs its effects.
+//!
+//! One thread and one loop that never waits for a device, an instance or an operator; what can wait runs on the workers
+//! (`jobs`). No decision is made here: `policy` decides, `broker` plans.
+
+pub mod answer;
+mod perform;
+mod refresh;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use common::ids::{DeviceId, VmName};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::time::{ClockId, clock_gettime};
+
+use crate::admin::{Admin, ClientId};
+use crate::audit::{Audit, Kind, Note};
+use crate::broker::{Broker, Input, LinkId};
+use crate::cli::Cli;
+use crate::instances::Instances;
+use crate::instances::rundir::Watch;
+use crate::inventory::Inventory;
+use crate::jobs::Workers;
+use crate::policy::compile::CompiledPolicy;
+use crate::policy::schema::Policy;
+use crate::record::{self, Record};
+use crate::sysfs::Sysfs;
+use crate::topology::Connector;
+use crate::uevent::Monitor;
+use crate::usbnode::{Nodes, Ready};
+
+/// sysfs is read again after so long even when no event came.
+const SAFETY_INTERVAL: Duration = Duration::from_secs(60);
+/// And at most this often.
+const RESYNC_GAP: Duration = Duration::from_millis(250);
+/// Most rounds of deciding and acting in one turn of the loop; what is left is done in the next turn.
+const ROUNDS_PER_TURN: usize = 8;
+
+/// The daemon cannot start, or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// `--strict` and a bad policy; what is wrong was logged.
+    #[error("the policy is bad and --strict was given; see above, or run `usbpolicyctl check`")]
+    Policy,
+    /// No events from udev.
+    #[error("cannot listen to udev's events; is systemd-udevd running?")]
+    Monitor(#[source] io::Error),
+    /// No sysfs.
+    #[error("cannot list {path}; is USB support in the kernel and /sys mounted?")]
+    Sysfs {
+        /// Directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A directory cannot be made.
+    #[error("cannot make {path}; start usbpolicyd by its systemd unit, or make the directory for its user")]
+    Directory {
+        /// Directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The socket for usbpolicyctl cannot be made.
+    #[error("cannot listen at {path}; does another usbpolicyd run, or is its directory not ours?")]
+    Admin {
+        /// Path of the socket.
+        path: PathBuf,
+        /// Why.
+        source: common::channel::ChannelError,
+    },
+    /// The kernel refuses something that should always work.
+    #[error("{what} failed")]
+    Kernel {
+        /// What.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+fn kernel(what: &'static str) -> impl Fn(nix::Error) -> StartError {
+    move |errno| StartError::Kernel { what, source: errno.into() }
+}
+
+/// Whether the daemon acts (kernel command line `usbpolicyd.mode=`): the way out when a policy locks people out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Yes.
+    Normal,
+    /// It decides and logs, and hands nothing over.
+    Observe,
+    /// It does not even decide.
+    Off,
+}
+
+impl Mode {
+    /// Reads the kernel's command line.
+    pub fn from_command_line(text: &str) -> Self {
+        let mut words = text.split_ascii_whitespace().filter_map(|word| word.strip_prefix("usbpolicyd.mode="));
+        match words.next_back() {
+            Some("off") => Self::Off,
+            Some("observe") => Self::Observe,
+            _ => Self::Normal,
+        }
+    }
+}
+
+/// Whom a device was given to and by which rule: needed when it is long unplugged.
+#[derive(Clone, Debug)]
+struct Gift {
+    connector: Connector,
+    vm: VmName,
+    rule: String,
+}
+
+/// Everything the daemon has.
+pub struct Daemon {
+    /// The one file that was named, instead of the usual places.
+    policy_file: Option<PathBuf>,
+    mode: Mode,
+    sysfs: Sysfs,
+    signals: SignalFd,
+    monitor: Monitor,
+    watch: Watch,
+    workers: Workers,
+    instances: Instances,
+    broker: Broker,
+    inventory: Inventory,
+    record: Record,
+    audit: Audit,
+    /// Number of the last audit entry that watchers were told.
+    told_seq: u64,
+    admin: Admin,
+    /// What the operator wrote; `None` while no policy could be loaded: everything stays as it is then.
+    written: Option<Policy>,
+    policy: CompiledPolicy,
+    /// Paths of the files that were loaded last.
+    policy_names: Vec<String>,
+    /// Inputs for the broker that wait for their turn.
+    inputs: VecDeque<Input>,
+    /// Files that are ready to be sent.
+    ready: BTreeMap<DeviceId, Ready>,
+    gifts: BTreeMap<DeviceId, Gift>,
+    /// VMs whose instance is up, the longest first.
+    up: Vec<VmName>,
+    resync_at: Duration,
+    resynced_at: Option<Duration>,
+    /// The circumstances that decisions were last made in.
+    judged: Option<Circumstances>,
+    status: String,
+    ending: bool,
+}
+
+/// What a decision depends on besides devices and policy; when it changes, decisions are made again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Circumstances {
+    holders: Vec<(DeviceId, VmName)>,
+    up: Vec<VmName>,
+}
+
+/// What the loop waits for.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    Signals,
+    Monitor,
+    Watch,
+    Workers,
+    Link(LinkId),
+    Listener,
+    Client(ClientId),
+}
+
+impl Daemon {
+    /// Makes everything ready; nothing is handed over yet.
+    pub fn new(cli: &Cli, journal: bool) -> Result<Self, StartError> {
+        std::fs::create_dir_all(&cli.state_dir)
+            .map_err(|source| StartError::Directory { path: cli.state_dir.clone(), source })?;
+        let mut signals = SigSet::empty();
+        for signal in [Signal::SIGHUP, Signal::SIGTERM, Signal::SIGINT] {
+            signals.add(signal);
+        }
+        // Before any thread starts, so that all of them have the mask.
+        signals.thread_block().map_err(kernel("sigprocmask"))?;
+        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+        let signals = SignalFd::with_flags(&signals, flags).map_err(kernel("signalfd"))?;
+        let monitor = Monitor::new().map_err(StartError::Monitor)?;
+        let watch = Watch::new(&cli.run_dir).map_err(kernel("inotify"))?;
+        let workers = Workers::new(&Nodes::default())
+            .map_err(|source| StartError::Kernel { what: "thread", source })?;
+        let admin = admin_socket(&cli.admin_socket)?;
+        let (record, recalled) = Record::open(&cli.state_dir.join("given.json"), &record::boot_id());
+        let command_line = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
+        // Milliseconds of this boot and room for 65 536 names in each: no name comes twice, whatever restarts.
+        let first_id = u64::try_from(now().as_millis()).unwrap_or(u64::MAX >> 16) << 16;
+        let mut daemon = Self {
+            policy_file: cli.policy.clone(),
+            mode: Mode::from_command_line(&command_line),
+            sysfs: Sysfs::default(),
+            signals,
+            monitor,
+            watch,
+            workers,
+            instances: Instances::new(&cli.run_dir),
+            broker: Broker::default(),
+            inventory: Inventory::new(first_id, recalled),
+            record,
+            audit: Audit::new(journal),
+            told_seq: 0,
+            admin,
+            written: None,
+            policy: CompiledPolicy::default(),
+            policy_names: Vec::new(),
+            inputs: VecDeque::new(),
+            ready: BTreeMap::new(),
+            gifts: BTreeMap::new(),
+            up: Vec::new(),
+            resync_at: Duration::ZERO,
+            resynced_at: None,
+            judged: None,
+            status: String::new(),
+            ending: false,
+        };
+        if daemon.mode != Mode::Normal {
+            tracing::warn!(mode = ?daemon.mode, "usbpolicyd.mode is on the kernel command line: nothing is handed over");
+        }
+        if !daemon.load_policy("start") && cli.strict {
+            return Err(StartError::Policy);
+        }
+        Ok(daemon)
+    }
+
+    /// Runs until SIGTERM.
+    pub fn run(&mut self) -> Result<(), StartError> {
+        self.start()?;
+        while !self.ending {
+            let now = now();
+            let timeout = self.timeout(now);
+            let (fds, sources) = self.poll_set();
+            let ready = match wait(fds, timeout) {
+                Ok(ready) => ready,
+                Err(source) => return Err(StartError::Kernel { what: "poll", source }),
+            };
+            for index in ready {
+                if let Some(source) = sources.get(index) {
+                    self.handle(*source);
+                }
+            }
+            self.turn();
+        }
+        // The VMs keep what they have.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        tracing::info!("ending; VMs keep their devices");
+        Ok(())
+    }
+
+    /// Subscribed already; now enumerate, then talk to the instances.
+    fn start(&mut self) -> Result<(), StartError> {
+        let scan = self.sysfs.scan().map_err(|source| StartError::Sysfs {
+            path: self.sysfs.root().join("bus/usb/devices"),
+            source,
+        })?;
+        self.watch.refresh();
+        let awaited = self.instances.with_socket().into_iter().collect();
+        self.inputs.push_back(Input::Started(awaited));
+        self.pump();
+        self.take(scan);
+        let inputs = self.instances.look(now());
+        self.queue(inputs);
+        self.turn();
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        Ok(())
+    }
+
+    fn poll_set(&self) -> (Vec<PollFd<'_>>, Vec<Source>) {
+        let own: [(BorrowedFd<'_>, Source); 4] = [
+            (self.signals.as_fd(), Source::Signals),
+            (self.monitor.as_fd(), Source::Monitor),
+            (self.watch.as_fd(), Source::Watch),
+            (self.workers.as_fd(), Source::Workers),
+        ];
+        let links = self.instances.sockets().map(|(link, fd)| (fd, Source::Link(link)));
+        let quiet = own.into_iter().chain(links).map(|(fd, source)| (fd, source, PollFlags::POLLIN));
+        let clients = self.admin.sockets().map(|(client, fd, waits)| {
+            let events = if waits { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
+            (fd, client.map_or(Source::Listener, Source::Client), events)
+        });
+        quiet.chain(clients).map(|(fd, source, events)| (PollFd::new(fd, events), source)).unzip()
+    }
+
+    fn handle(&mut self, source: Source) {
+        match source {
+            Source::Signals => {
+                while let Ok(Some(signal)) = self.signals.read_signal() {
+                    match Signal::try_from(signal.ssi_signo.cast_signed()) {
+                        Ok(Signal::SIGHUP) => {
+                            self.load_policy("SIGHUP");
+                        }
+                        _ => self.ending = true,
+                    }
+                }
+            }
+            Source::Monitor => {
+                let seen = self.monitor.drain();
+                if seen.overrun {
+                    self.audit.add(Note {
+                        event: Kind::Overrun,
+                        device: None,
+                        vm: None,
+                        rule: None,
+                        text: "events were lost; reading all devices again".to_owned(),
+                        actor: "kernel".to_owned(),
+                    });
+                }
+                if seen.is_change() {
+                    self.resync_soon();
+                }
+            }
+            Source::Watch => {
+                self.watch.drain();
+                self.watch.refresh();
+                let inputs = self.instances.look(now());
+                self.queue(inputs);
+            }
+            Source::Workers => self.finish_jobs(),
+            Source::Link(link) => {
+                let inputs = self.instances.receive(now(), link);
+                self.queue(inputs);
+            }
+            Source::Listener => self.admin.accept(),
+            Source::Client(client) => {
+                self.admin.flush(client);
+                self.serve(client);
+            }
+        }
+    }
+
+    /// Everything that is due, and all that follows from it.
+    fn turn(&mut self) {
+        let now = now();
+        let inputs = self.instances.tick(now);
+        self.queue(inputs);
+        if self.broker.deadline_after(Duration::ZERO).is_some_and(|at| at <= now) {
+            self.inputs.push_back(Input::Tick);
+        }
+        if self.resync_at <= now {
+            self.resync();
+        }
+        for _ in 0..ROUNDS_PER_TURN {
+            self.pump();
+            if self.judged.as_ref() == Some(&self.circumstances()) {
+                break;
+            }
+            self.judge();
+        }
+        self.report_status();
+        self.tell_watchers();
+    }
+
+    /// Reads sysfs as soon as the gap since the last time allows.
+    fn resync_soon(&mut self) {
+        let earliest = self.resynced_at.map_or(Duration::ZERO, |at| at.saturating_add(RESYNC_GAP));
+        self.resync_at = self.resync_at.min(earliest.max(now()));
+    }
+
+    fn timeout(&self, now: Duration) -> Duration {
+        let watchdog = sd_notify::watchdog_enabled().map(|limit| now.saturating_add(limit / 2));
+        let due = [
+            Some(self.resync_at),
+            self.broker.deadline_after(now),
+            self.instances.deadline(),
+            self.inventory.deadline_after(now),
+            watchdog,
+        ];
+        let at = due.into_iter().flatten().min().unwrap_or(self.resync_at);
+        at.saturating_sub(now)
+    }
+
+    fn queue(&mut self, inputs: Vec<Input>) {
+        self.inputs.extend(inputs);
+    }
+}
+
+/// Listens for usbpolicyctl.
+fn admin_socket(path: &Path) -> Result<Admin, StartError> {
+    if let Some(directory) = path.parent() {
+        std::fs::create_dir_all(directory)
+            .map_err(|source| StartError::Directory { path: directory.to_owned(), source })?;
+    }
+    Admin::bind(path).map_err(|source| StartError::Admin { path: path.to_owned(), source })
+}
+
+/// Time since boot, time asleep included.
+fn now() -> Duration {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default()
+}
+
+/// Waits for the descriptors and returns the places of those with news.
+fn wait(mut fds: Vec<PollFd<'_>>, timeout: Duration) -> io::Result<Vec<usize>> {
+    // Rounded up, or the loop would turn without end for the last millisecond.
+    let millis = u64::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(u64::MAX);
+    let timeout = PollTimeout::try_from(millis.min(60_000)).unwrap_or(PollTimeout::MAX);
+    match poll(&mut fds, timeout) {
+        Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let has_news = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
+    Ok(fds.iter().enumerate().filter(|(_, fd)| has_news(fd)).map(|(index, _)| index).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn last_mode_on_the_kernel_command_line_counts() {
+        assert_eq!(
+            Mode::from_command_line("quiet usbpolicyd.mode=off usbpolicyd.mode=observe\n"),
+            Mode::Observe
+        );
+        assert_eq!(Mode::from_command_line("usbpolicyd.mode=off"), Mode::Off);
+        assert_eq!(Mode::from_command_line("xusbpolicyd.mode=off root=/dev/sda"), Mode::Normal);
+    }
+
+    #[test]
+    fn now_never_runs_back() {
+        let first = now();
+        assert!(now() >= first && first > Duration::ZERO);
+    }
+}

@@ -1,0 +1,213 @@
+//! The broker's effects, performed.
+
+use std::os::fd::AsFd;
+
+use common::ids::DeviceId;
+use common::wire::{Attach, ResetPolicy, ToInstance};
+
+use super::refresh::subject;
+use super::{Daemon, Gift, now};
+use crate::audit::{Kind, Note};
+use crate::broker::{DETACH_DEADLINE, Effect, Event, Failure, Input, LinkId};
+use crate::jobs::{Done, Job};
+use crate::policy::schema::Reset;
+use crate::record::Given;
+use crate::usbnode::Options;
+
+impl Daemon {
+    /// Gives the broker all inputs that wait, and performs what it asks for.
+    pub(super) fn pump(&mut self) {
+        while let Some(input) = self.inputs.pop_front() {
+            match &input {
+                Input::Up(vm, ..) if !self.up.contains(vm) => self.up.push(vm.clone()),
+                Input::Down(vm) => self.up.retain(|name| name != vm),
+                _ => {}
+            }
+            let effects = self.broker.step(now(), input);
+            let sends = effects.iter().any(|effect| matches!(effect, Effect::Send(..)));
+            for effect in &effects {
+                if let Effect::Rename(old, new) = effect {
+                    self.inventory.rename(*old, *new);
+                }
+            }
+            if let Err(error) = self.write_record() {
+                tracing::error!(%error, "cannot write the record of given devices; a restart may replug them");
+                if sends {
+                    // Goes on: a full disk must not keep keyboards from VMs.
+                    tracing::warn!("handing over without a record");
+                }
+            }
+            for effect in effects {
+                self.perform(effect);
+            }
+        }
+    }
+
+    fn write_record(&mut self) -> std::io::Result<()> {
+        let given = self.broker.holders().filter_map(|(id, vm)| {
+            let plug = &self.inventory.get(id)?.present.plug;
+            Some(Given {
+                id,
+                vm: vm.clone(),
+                syspath: plug.syspath.clone(),
+                inode: plug.inode,
+                address: plug.address,
+            })
+        });
+        let given = given.collect();
+        self.record.write(given)
+    }
+
+    fn perform(&mut self, effect: Effect) {
+        match effect {
+            Effect::Prepare(id) => match self.inventory.get(id) {
+                Some(item) => {
+                    let options = item.options();
+                    let options = Options {
+                        reset: options.is_some_and(|one| matches!(one.reset, Reset::OnAttach | Reset::Both)),
+                        configuration: options.and_then(|one| one.configuration),
+                    };
+                    self.workers.start(Job::Prepare(id, Box::new(item.present.clone()), options));
+                }
+                None => self.inputs.push_back(Input::Prepared(id, Err(vanished()))),
+            },
+            Effect::Return(id, how) => match self.inventory.get(id) {
+                Some(item) => self.workers.start(Job::Release(id, Box::new(item.present.clone()), how)),
+                None => self.inputs.push_back(Input::Returned(id, Err(vanished()))),
+            },
+            Effect::Send(_, link, id) => self.send(link, id),
+            Effect::Discard(id) => {
+                self.ready.remove(&id);
+            }
+            Effect::Detach(link, id) => {
+                let deadline_ms = u32::try_from(DETACH_DEADLINE.as_millis()).unwrap_or(u32::MAX);
+                let inputs = self.instances.send(now(), link, &ToInstance::Detach { id, deadline_ms }, None);
+                self.queue(inputs);
+            }
+            Effect::Rename(..) => {}
+            Effect::Resync => self.resync_soon(),
+            Effect::Report(event) => self.report(event),
+        }
+    }
+
+    fn send(&mut self, link: LinkId, id: DeviceId) {
+        let Some(ready) = self.ready.remove(&id) else { return };
+        let Some(item) = self.inventory.get(id) else {
+            self.inputs.push_back(Input::Refused(link, id, "the device is gone".to_owned()));
+            return;
+        };
+        let facts = &item.present.facts;
+        let attach = ToInstance::Attach(Attach {
+            id,
+            address: facts.address,
+            path: facts.chain.clone(),
+            speed: facts.speed,
+            ids: facts.id,
+            configuration: ready.configuration,
+            reset: ResetPolicy::default(),
+        });
+        let inputs = self.instances.send(now(), link, &attach, Some(ready.file.as_fd()));
+        // Our copy closes here: a duplicate would keep the device claimed when the instance dies.
+        drop(ready);
+        self.queue(inputs);
+    }
+
+    pub(super) fn finish_jobs(&mut self) {
+        for done in self.workers.finished() {
+            let input = match done {
+                Done::Prepared(id, Ok(ready)) => {
+                    for (interface, driver) in &ready.drivers {
+                        tracing::debug!(%id, interface, driver, "host driver detached");
+                    }
+                    self.ready.insert(id, ready);
+                    Input::Prepared(id, Ok(()))
+                }
+                Done::Prepared(id, Err(error)) => Input::Prepared(id, Err(Failure::from(&error))),
+                Done::Released(id, result) => {
+                    Input::Returned(id, result.map_err(|error| Failure::from(&error)))
+                }
+            };
+            self.inputs.push_back(input);
+        }
+    }
+
+    /// Tells the operator.
+    fn report(&mut self, event: Event) {
+        let (id, vm, kind, text, actor) = match event {
+            Event::Attached(id, vm, port) => {
+                self.remember_gift(id, &vm);
+                (id, Some(vm), Kind::Attached, format!("guest port {port}"), "policy")
+            }
+            Event::Adopted(id, vm, port) => {
+                self.remember_gift(id, &vm);
+                (id, Some(vm), Kind::Adopted, format!("guest port {port}"), "usbvfiod")
+            }
+            Event::Detached(id, vm, why) => {
+                if let Some(gift) = self.gifts.remove(&id) {
+                    self.inventory.left(now(), &gift.connector, &gift.vm, &gift.rule);
+                }
+                (id, Some(vm), Kind::Detached, why.text().to_owned(), "policy")
+            }
+            Event::Failed(id, vm, text, pause) => {
+                let text = format!("{text}; next try in {} s", pause.as_secs());
+                (id, Some(vm), Kind::Failed, text, "policy")
+            }
+            Event::Stuck(id, vm) => {
+                let text = format!("usbvfiod does not let go of it; end usbvfiod@{vm}, or pull the device");
+                (id, Some(vm), Kind::Stuck, text, "usbvfiod")
+            }
+            Event::Released(id, how) => {
+                let text = match how {
+                    crate::broker::OnRelease::Host => "back with the host's drivers",
+                    crate::broker::OnRelease::Hold => "kept without drivers",
+                    crate::broker::OnRelease::Deauthorize => "deauthorized",
+                };
+                (id, None, Kind::Released, text.to_owned(), "policy")
+            }
+            Event::Foreign(id, vm) => {
+                let text = format!("claims to hold {id}, which it was not given; told to let go");
+                (id, Some(vm), Kind::Foreign, text, "usbvfiod")
+            }
+        };
+        let item = self.inventory.get(id);
+        let rule = item.and_then(|item| item.rule()).map(str::to_owned);
+        let device = item.map(|item| subject(id, &item.present));
+        self.audit.add(Note { event: kind, device, vm, rule, text, actor: actor.to_owned() });
+    }
+
+    fn remember_gift(&mut self, id: DeviceId, vm: &common::ids::VmName) {
+        if let Some(item) = self.inventory.get(id) {
+            let rule = item.rule().unwrap_or_default().to_owned();
+            let connector = item.present.facts.connector.clone();
+            self.gifts.insert(id, Gift { connector, vm: vm.clone(), rule });
+        }
+    }
+
+    /// Tells systemd how things are, and that the loop turns.
+    pub(super) fn report_status(&mut self) {
+        use sd_notify::NotifyState;
+        let conflicts = self
+            .inventory
+            .iter()
+            .filter(|(_, item)| matches!(item.verdict, crate::policy::decide::Verdict::Conflict { .. }));
+        let degraded = if self.written.is_none() { ", NO POLICY: nothing is handed over" } else { "" };
+        let status = format!(
+            "{} devices, {} with VMs, {} VMs up, {} conflicts{degraded}",
+            self.inventory.iter().count(),
+            self.broker.holders().count(),
+            self.up.len(),
+            conflicts.count(),
+        );
+        let mut states = vec![NotifyState::Watchdog];
+        if status != self.status {
+            tracing::debug!("{status}");
+            self.status = status;
+            states.push(NotifyState::Status(&self.status));
+        }
+        let _ = sd_notify::notify(&states);
+    }
+}
+
+fn vanished() -> Failure {
+    Failure { text: "the device is gone".to_owned(), stale: true }
+}

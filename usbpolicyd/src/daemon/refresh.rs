@@ -1,0 +1,205 @@
+//! Reading sysfs and the policy, deciding, and telling the broker.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use common::ids::DeviceId;
+
+use super::{Circumstances, Daemon, Mode, SAFETY_INTERVAL, now};
+use crate::audit::{Kind, Note, Subject};
+use crate::broker::Input;
+use crate::policy::compile::compile;
+use crate::policy::decide::{Context, Verdict};
+use crate::policy::load::{Layer, load};
+use crate::policy_files::{Places, read_path};
+use crate::sysfs::{Present, Scan};
+
+impl Daemon {
+    /// Reads sysfs and decides about everything.
+    pub(super) fn resync(&mut self) {
+        match self.sysfs.scan() {
+            Ok(scan) => self.take(scan),
+            Err(error) => {
+                tracing::error!(%error, "cannot read /sys/bus/usb/devices; trying again");
+                self.resynced_at = Some(now());
+                self.resync_at = now().saturating_add(SAFETY_INTERVAL);
+            }
+        }
+    }
+
+    pub(super) fn take(&mut self, scan: Scan) {
+        let now = now();
+        self.resynced_at = Some(now);
+        self.resync_at = now.saturating_add(SAFETY_INTERVAL);
+        let before: BTreeMap<DeviceId, Subject> =
+            self.inventory.iter().map(|(id, item)| (id, subject(id, &item.present))).collect();
+        let other_ports = scan.topology != *self.inventory.topology();
+        self.inventory.take(now, scan);
+        if other_ports {
+            self.compile_policy();
+        }
+        let mut gone = before;
+        let mut new = Vec::new();
+        for (id, item) in self.inventory.iter() {
+            if gone.remove(&id).is_none() {
+                new.push(subject(id, &item.present));
+            }
+        }
+        for device in gone.into_values() {
+            self.note(Kind::Unplugged, Some(device), String::new(), "kernel");
+        }
+        for device in new {
+            self.note(Kind::Plugged, Some(device), String::new(), "kernel");
+        }
+        self.judge();
+    }
+
+    /// Decides about each device and hands the result to the broker.
+    pub(super) fn judge(&mut self) {
+        let circumstances = self.circumstances();
+        let holders: BTreeMap<_, _> = circumstances.holders.iter().cloned().collect();
+        let up = &circumstances.up;
+        let context = |id: DeviceId, _: &_| Context {
+            holder: holders.get(&id).cloned(),
+            up: up.clone(),
+            ..Context::default()
+        };
+        let (mut entries, changed) = self.inventory.judge(now(), &self.policy, context);
+        if self.written.is_none() || self.mode != Mode::Normal {
+            // Without a policy, or told to keep still: whoever has a device keeps it.
+            for entry in &mut entries {
+                entry.want = holders.get(&entry.id).cloned().or(entry.recalled.clone());
+            }
+        }
+        for id in changed {
+            self.note_verdict(id);
+        }
+        let limits = self.policy.vms.iter().filter_map(|(name, vm)| {
+            Some((name.clone(), usize::try_from(vm.limits.max_devices?).unwrap_or(usize::MAX)))
+        });
+        let limits = limits.collect();
+        self.judged = Some(circumstances);
+        self.inputs.push_back(Input::Inventory(entries, limits));
+        self.pump();
+    }
+
+    pub(super) fn circumstances(&self) -> Circumstances {
+        let holders = self.broker.holders().map(|(id, vm)| (id, vm.clone())).collect();
+        Circumstances { holders, up: self.up.clone() }
+    }
+
+    fn note_verdict(&mut self, id: DeviceId) {
+        let Some(item) = self.inventory.get(id) else { return };
+        if self.mode == Mode::Off {
+            return;
+        }
+        let (vm, text) = describe(&item.verdict);
+        let note = Note {
+            event: Kind::Decision,
+            device: Some(subject(id, &item.present)),
+            vm,
+            rule: item.rule().map(str::to_owned),
+            text,
+            actor: "policy".to_owned(),
+        };
+        self.audit.add(note);
+    }
+
+    pub(super) fn note(&mut self, event: Kind, device: Option<Subject>, text: String, actor: &str) {
+        self.audit.add(Note { event, device, vm: None, rule: None, text, actor: actor.to_owned() });
+    }
+
+    /// Loads the policy. On failure the old one stays, and everything wrong with the new one is logged.
+    pub(super) fn load_policy(&mut self, actor: &str) -> bool {
+        let sources = match &self.policy_file {
+            Some(path) => read_path(path, Layer::Main),
+            None => Places::default().read(),
+        };
+        let sources = match sources {
+            Ok(sources) => sources,
+            Err(error) => {
+                let text = format!("{:#}", anyhow::Error::from(error));
+                self.note(Kind::PolicyRefused, None, text, actor);
+                return false;
+            }
+        };
+        let loaded = match load(&sources) {
+            Ok(loaded) => loaded,
+            Err(problems) => {
+                for problem in &problems {
+                    let text = problem.to_string().escape_debug().to_string().replace("\\n", "; ");
+                    self.note(Kind::PolicyRefused, None, text, actor);
+                }
+                return false;
+            }
+        };
+        let files = sources.len();
+        self.policy_names = sources.into_iter().map(|source| source.path).collect();
+        self.written = Some(loaded.policy);
+        self.compile_policy();
+        let text = format!(
+            "{files} files, {} assign and {} deny rules, {} VMs",
+            self.policy.rules.len(),
+            self.policy.denies.len(),
+            self.policy.vms.len()
+        );
+        self.note(Kind::PolicyLoaded, None, text, actor);
+        let sockets = self.policy.vms.iter();
+        let explicit: BTreeMap<_, _> = sockets
+            .filter_map(|(name, vm)| Some((name.clone(), PathBuf::from(vm.socket.as_ref()?))))
+            .collect();
+        let directories: BTreeSet<PathBuf> =
+            explicit.values().filter_map(|path| Some(path.parent()?.to_owned())).collect();
+        self.instances.set_explicit(explicit);
+        self.watch.set_extra(directories);
+        self.watch.refresh();
+        // Decide again with the new rules at the end of this turn.
+        self.judged = None;
+        self.resync_at = Duration::ZERO;
+        true
+    }
+
+    fn compile_policy(&mut self) {
+        if let Some(written) = &self.written {
+            self.policy = compile(written, self.inventory.topology());
+        }
+    }
+}
+
+/// What the audit says of a device.
+pub(super) fn subject(id: DeviceId, present: &Present) -> Subject {
+    let facts = &present.facts;
+    Subject {
+        id,
+        name: facts.sys_name.clone(),
+        connector: facts.connector.to_string(),
+        ids: facts.id.to_string(),
+        serial: facts.serial.clone(),
+    }
+}
+
+/// A verdict in words, with the VM that it is about.
+pub(super) fn describe(verdict: &Verdict) -> (Option<common::ids::VmName>, String) {
+    let names = |vms: &[common::ids::VmName]| {
+        vms.iter().map(|vm| vm.as_str().to_owned()).collect::<Vec<_>>().join(", ")
+    };
+    match verdict {
+        Verdict::Protected { why } => (None, format!("protected: {}", why.escape_debug())),
+        Verdict::Busy { why } => (None, format!("busy: {}", why.escape_debug())),
+        Verdict::Denied { reason, .. } => {
+            let reason = reason.as_deref().unwrap_or("no reason given");
+            (None, format!("denied: {}", reason.escape_debug()))
+        }
+        Verdict::Assign { vm, .. } => (Some(vm.clone()), "assigned".to_owned()),
+        Verdict::Unexpected { vm, why, .. } => {
+            (Some(vm.clone()), format!("not what the rule expects: {}", why.escape_debug()))
+        }
+        Verdict::Conflict { vms, rules } => {
+            (None, format!("conflict between VMs {} (rules {})", names(vms), rules.join(", ").escape_debug()))
+        }
+        Verdict::Manual { vms, .. } => (None, format!("waits for an operator, for VMs {}", names(vms))),
+        Verdict::Kept { actor } => (None, format!("kept on the host by {}", actor.escape_debug())),
+        Verdict::Host => (None, "no rule names it; it stays with the host".to_owned()),
+    }
+}

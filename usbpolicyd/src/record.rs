@@ -1,0 +1,142 @@
+//! What outlives the daemon: which plug-in was given to which VM, under which name.
+//!
+//! The file is written before a device is sent, so after a crash at any moment each device that an instance may hold is
+//! in it. It lives in `/run` and dies with the boot. A file that cannot be read is set aside, never fatal: the instances
+//! still tell what they hold.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use common::ids::{BusAddress, DeviceId, VmName};
+use serde::{Deserialize, Serialize};
+
+use crate::sysfs::Plug;
+
+/// Version of the file's format.
+const VERSION: u32 = 1;
+/// Largest file that is read. A thousand devices take a fifth of it.
+const FILE_MAX: u64 = 1 << 20;
+
+/// One device that a VM may have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Given {
+    /// Its name.
+    pub id: DeviceId,
+    /// To whom.
+    pub vm: VmName,
+    /// Directory of the plug-in.
+    pub syspath: PathBuf,
+    /// Inode of that directory.
+    pub inode: u64,
+    /// Bus and device number.
+    pub address: BusAddress,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Content {
+    version: u32,
+    boot_id: String,
+    given: Vec<Given>,
+}
+
+/// The file.
+#[derive(Debug)]
+pub struct Record {
+    path: PathBuf,
+    boot_id: String,
+    written: Vec<Given>,
+}
+
+impl Record {
+    /// The file at `path`, and what a former run left in it. `boot_id` tells entries of an earlier boot.
+    pub fn open(path: &Path, boot_id: &str) -> (Self, BTreeMap<Plug, (DeviceId, VmName)>) {
+        let given = match read(path) {
+            Ok(content) if content.version == VERSION && content.boot_id == boot_id => content.given,
+            Ok(_) => Vec::new(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            Err(error) => {
+                let aside = path.with_extension("json.corrupt");
+                let moved = fs::rename(path, &aside);
+                tracing::error!(
+                    path = %path.display(), %error, aside = %aside.display(), moved = moved.is_ok(),
+                    "cannot read the record of given devices; going on without it"
+                );
+                Vec::new()
+            }
+        };
+        let recalled = given.iter().map(|one| {
+            let plug = Plug { syspath: one.syspath.clone(), inode: one.inode, address: one.address };
+            (plug, (one.id, one.vm.clone()))
+        });
+        let recalled = recalled.collect();
+        let record = Self { path: path.to_owned(), boot_id: boot_id.to_owned(), written: given };
+        (record, recalled)
+    }
+
+    /// Replaces the content, in one step. Does nothing when it is the same.
+    pub fn write(&mut self, given: Vec<Given>) -> io::Result<()> {
+        if given == self.written {
+            return Ok(());
+        }
+        let content = Content { version: VERSION, boot_id: self.boot_id.clone(), given };
+        let text = serde_json::to_vec(&content)?;
+        let draft = self.path.with_extension("json.new");
+        let mut file = fs::File::create(&draft)?;
+        file.write_all(&text)?;
+        fs::rename(&draft, &self.path)?;
+        self.written = content.given;
+        Ok(())
+    }
+}
+
+fn read(path: &Path) -> io::Result<Content> {
+    let mut text = Vec::new();
+    fs::File::open(path)?.take(FILE_MAX).read_to_end(&mut text)?;
+    Ok(serde_json::from_slice(&text)?)
+}
+
+/// The kernel's name of this boot.
+pub fn boot_id() -> String {
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    text.trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn given() -> Given {
+        Given {
+            id: DeviceId(7),
+            vm: "work".parse().unwrap(),
+            syspath: "/sys/devices/x/usb1/1-1".into(),
+            inode: 99,
+            address: BusAddress { bus: 1, device: 2 },
+        }
+    }
+
+    #[test]
+    fn record_is_found_again_in_the_same_boot_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("given.json");
+        let (mut record, recalled) = Record::open(&path, "boot-1");
+        assert!(recalled.is_empty());
+        record.write(vec![given()]).unwrap();
+        let (_, recalled) = Record::open(&path, "boot-1");
+        assert_eq!(recalled.into_values().collect::<Vec<_>>(), [(DeviceId(7), "work".parse().unwrap())]);
+        assert!(Record::open(&path, "boot-2").1.is_empty());
+    }
+
+    #[test]
+    fn corrupt_record_is_set_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("given.json");
+        fs::write(&path, "{\"version\":1,").unwrap();
+        let (mut record, recalled) = Record::open(&path, "boot-1");
+        assert!(recalled.is_empty() && dir.path().join("given.json.corrupt").exists());
+        record.write(vec![given()]).unwrap();
+        assert_eq!(Record::open(&path, "boot-1").1.len(), 1);
+    }
+}
