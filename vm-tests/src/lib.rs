@@ -9,6 +9,7 @@ pub mod agent;
 pub mod binaries;
 pub mod cpio;
 pub mod devices;
+pub mod gadget;
 pub mod guest;
 pub mod host;
 pub mod image;
@@ -20,6 +21,8 @@ pub mod protocol;
 pub mod qmp;
 pub mod remote;
 pub mod slots;
+pub mod usbip;
+pub mod usbtest;
 
 use std::io::Read;
 use std::sync::OnceLock;
