@@ -103,7 +103,8 @@ pub enum Mode {
 impl Mode {
     /// Reads the kernel's command line.
     pub fn from_command_line(text: &str) -> Self {
-        let mut words = text.split_ascii_whitespace().filter_map(|word| word.strip_prefix("usbpolicyd.mode="));
+        let mut words =
+            text.split_ascii_whitespace().filter_map(|word| word.strip_prefix("usbpolicyd.mode="));
         match words.next_back() {
             Some("off") => Self::Off,
             Some("observe") => Self::Observe,
