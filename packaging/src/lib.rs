@@ -4,7 +4,10 @@
 
 use clap::{Command, CommandFactory};
 
-/// The command line of each program that is installed, by its name.
-pub fn programs() -> Vec<Command> {
-    vec![usbvfiod::cli::Cli::command().name("usbvfiod")]
+/// The command line of each program that is installed, with the section of its man page.
+pub fn programs() -> Vec<(Command, u8)> {
+    vec![
+        (usbpolicyd::ctl::Cli::command().name("usbpolicyctl"), 1),
+        (usbvfiod::cli::Cli::command().name("usbvfiod"), 8),
+    ]
 }

@@ -14,7 +14,7 @@ fn main() -> Result<()> {
     for (shell, name) in [(Shell::Bash, "bash"), (Shell::Zsh, "zsh"), (Shell::Fish, "fish")] {
         let below = directory.join(name);
         std::fs::create_dir_all(&below).with_context(|| format!("cannot make {}", below.display()))?;
-        for mut program in packaging::programs() {
+        for (mut program, _) in packaging::programs() {
             let called = program.get_name().to_owned();
             generate_to(shell, &mut program, called, &below)
                 .with_context(|| format!("cannot write completions into {}", below.display()))?;
