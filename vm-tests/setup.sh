@@ -12,6 +12,9 @@ need xz xz-utils
 need tar tar
 need cc gcc
 need pkg-config pkg-config
+# The tests of units and man pages read them with these.
+need systemd-analyze systemd
+need groff groff-base
 [ -e /usr/include/libudev.h ] || missing="$missing libudev-dev"
 [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || missing="$missing debian-archive-keyring"
 [ -e /usr/share/seabios/bios-256k.bin ] || missing="$missing seabios"
