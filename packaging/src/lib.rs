@@ -8,6 +8,7 @@ use clap::{Command, CommandFactory};
 pub fn programs() -> Vec<(Command, u8)> {
     vec![
         (usbpolicyd::ctl::Cli::command().name("usbpolicyctl"), 1),
+        (usbpolicyd::cli::Cli::command().name("usbpolicyd"), 8),
         (usbvfiod::cli::Cli::command().name("usbvfiod"), 8),
     ]
 }

@@ -150,3 +150,31 @@ fn sysusers_takes_its_file() {
     assert!(output.status.success(), "{said}");
     assert!(said.contains("usbpolicyd"), "{said}");
 }
+
+#[test]
+fn groups_that_usbpolicyd_asks_for_are_made_by_sysusers() {
+    use usbpolicyd::admin::Role;
+    let sysusers = fs::read_to_string(directory().join("../sysusers.d/usbpolicyd.conf")).unwrap();
+    for role in [Role::View, Role::Operate, Role::Admin] {
+        let group = role.group();
+        assert!(sysusers.lines().any(|line| line.starts_with(&format!("g {group} "))), "{group}");
+    }
+}
+
+#[test]
+fn places_that_usbpolicyd_writes_to_are_left_writable_by_its_unit() {
+    let text = unit("usbpolicyd.service");
+    let [command] = values(&text, "ExecStart")[..] else { panic!("one ExecStart expected") };
+    let cli = usbpolicyd::cli::Cli::try_parse_from(command.split_whitespace()).unwrap();
+    assert!(!cli.no_sandbox);
+    assert_eq!(values(&text, "ReadWritePaths"), ["/run/usbpolicyd"]);
+    assert_eq!(cli.state_dir, PathBuf::from("/run/usbpolicyd"));
+    assert!(cli.admin_socket.starts_with("/run/usbpolicyd"));
+    assert_eq!(values(&text, "StateDirectory"), ["usbpolicyd"]);
+    assert_eq!(cli.order_dir, PathBuf::from("/var/lib/usbpolicyd"));
+    let tmpfiles = fs::read_to_string(directory().join("../tmpfiles.d/usbpolicyd.conf")).unwrap();
+    let made = |line: &str| {
+        line.split_whitespace().eq(["d", "/run/usbpolicyd", "0755", "usbpolicyd", "usbpolicyd", "-"])
+    };
+    assert!(tmpfiles.lines().any(made), "{tmpfiles}");
+}
