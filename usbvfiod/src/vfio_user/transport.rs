@@ -16,7 +16,7 @@ use rustix::net::{
     self, AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
     SendAncillaryBuffer, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags};
 
 use super::message::MAX_FDS;
 use super::session::Session;
@@ -129,10 +129,10 @@ pub fn inherit(number: RawFd) -> Result<Inherited, ListenError> {
 /// A copy of the descriptor with this number, whoever opened it. `pidfd_getfd` on ourselves, because there is no other
 /// way from a number to an [`OwnedFd`] that is safe when the number is wrong. Needs Linux 5.6, before the sandbox.
 pub fn inherit_fd(number: RawFd) -> io::Result<OwnedFd> {
-    let ourselves = rustix::process::pidfd_open(
-        Pid::from_raw(0).unwrap_or(rustix::process::getpid()),
-        PidfdFlags::empty(),
-    )?;
+    if number < 0 {
+        return Err(Errno::BADF.into());
+    }
+    let ourselves = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
     Ok(rustix::process::pidfd_getfd(ourselves, number, PidfdGetfdFlags::empty())?)
 }
 

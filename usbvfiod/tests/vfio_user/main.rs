@@ -8,7 +8,12 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod client;
-#[allow(dead_code)]
+mod dma;
+mod irqs;
+mod lifecycle;
+mod negotiate;
+mod qemu;
+mod regions;
+mod requests;
 mod server;
-#[allow(dead_code)]
 mod wire;
