@@ -1,0 +1,4 @@
+//! The controller as a guest driver sees it, with devices that answer when a test says so.
+
+mod flow;
+mod transfers;
