@@ -364,10 +364,11 @@ impl Device {
         }
     }
 
-    /// The device was unplugged. What is in flight comes out of the kernel, now or when the link is back.
+    /// The device was unplugged. What is in flight comes out of the kernel bit by bit, in later events.
     pub(super) fn hung_up<M: GuestMem + ?Sized>(&mut self, now: Instant, mem: &M, sink: &mut Sink<'_>) {
-        if !std::mem::replace(&mut self.gone, true) {
-            self.reap(now, mem, sink);
+        let known = std::mem::replace(&mut self.gone, true);
+        self.reap(now, mem, sink);
+        if !known {
             self.announce_gone(sink);
         }
     }
