@@ -95,7 +95,7 @@ impl Host {
         let programs = binaries::directory()?;
         let share = at("stage");
         std::fs::create_dir_all(share.join("bin"))?;
-        for program in ["vm-agent", "usbpolicyd", "usbpolicyctl", "usbvfiod"] {
+        for program in ["vm-agent", "usb-transport", "usbpolicyd", "usbpolicyctl", "usbvfiod"] {
             let from = programs.join(program);
             // A workspace in the making may lack one; a scenario that starts it says so.
             if from.exists() {
@@ -272,7 +272,7 @@ impl Host {
         let pci = device.controller().pci_address();
         let script = format!(
             "for try in $(seq 100); do for place in /sys/bus/usb/devices/*-{port}; do \
-               case $(readlink -f $place) in */{pci}/*) [ -e $place/idVendor ] && echo ${{place##*/}} && exit 0;; esac; \
+               case $(readlink -f \"$place\") in */{pci}/*) [ -e \"$place\"/idVendor ] && echo ${{place##*/}} && exit 0;; esac; \
              done; udevadm settle; read -t 0.1 nothing < /dev/zero; done; exit 1",
             port = device.port_chain()
         );

@@ -20,6 +20,7 @@ pub mod modules;
 pub mod protocol;
 pub mod qmp;
 pub mod remote;
+pub mod rig;
 pub mod slots;
 pub mod usbip;
 pub mod usbtest;
