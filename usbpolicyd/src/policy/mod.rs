@@ -4,13 +4,19 @@
 //! answers for one device. Nothing in here opens a file, reads a clock or talks to anybody: contents of files, facts of
 //! devices and the moment's circumstances are handed in. The order of rules and files never matters to an answer.
 
+mod check;
 pub mod compile;
 pub mod condition;
 pub mod decide;
+pub mod lint;
 pub mod load;
+mod overlap;
 mod parse;
 mod parse_match;
 pub mod pattern;
+pub mod print;
 pub mod problem;
+#[cfg(test)]
+mod properties;
 mod reader;
 pub mod schema;
