@@ -5,9 +5,11 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::host::Devices;
 use super::{Outcome, text};
+use crate::policy::lint::lint;
 use crate::policy::load::{Layer, Source, load};
-use crate::policy::problem::{Problem, Severity};
+use crate::policy::problem::{Problem, Severity, quote};
 use crate::policy_files::{Places, read_path};
 
 /// Check a policy: syntax, names, claims that can tie, rules that never win
@@ -20,6 +22,11 @@ use crate::policy_files::{Places, read_path};
 pub(super) struct Args {
     /// Files or directories of *.toml, later ones over earlier ones
     files: Vec<PathBuf>,
+    #[command(flatten)]
+    devices: Devices,
+    /// Also look whether the ports exist on this host (always so without FILE)
+    #[arg(long, conflicts_with = "devices")]
+    this_host: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -38,10 +45,16 @@ struct Report<'a> {
 
 pub(super) fn run(args: &Args, out: &mut dyn Write) -> anyhow::Result<Outcome> {
     let sources = sources(&args.files)?;
-    let (usable, problems) = match load(&sources) {
-        Ok(loaded) => (true, loaded.notes),
+    let known = args.files.is_empty() || args.this_host || args.devices.is_given();
+    let snapshot = known.then(|| args.devices.read()).transpose()?;
+    let (usable, mut problems) = match load(&sources) {
+        Ok(loaded) => {
+            let found = lint(&loaded.policy, snapshot.as_ref().map(|snapshot| &snapshot.topology));
+            (true, loaded.notes.into_iter().chain(found).collect())
+        }
         Err(problems) => (false, problems),
     };
+    quote(&mut problems, &sources);
     let counts = |wanted: Severity| problems.iter().filter(|problem| problem.severity == wanted).count();
     let (warnings, notes) = (counts(Severity::Warning), counts(Severity::Note));
     if args.json {

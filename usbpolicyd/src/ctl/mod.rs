@@ -2,7 +2,11 @@
 //! `plan`, `diff` and `generate` can do without it.
 
 mod check;
+mod diff;
 mod events;
+mod explain;
+mod generate;
+mod host;
 mod list;
 mod online;
 mod text;
@@ -36,6 +40,10 @@ enum Verb {
     Retry(events::RetryArgs),
     /// Show the daemon's own state, as JSON
     Status(events::PlainArgs),
+    Explain(explain::Args),
+    Plan(diff::PlanArgs),
+    Diff(diff::DiffArgs),
+    Generate(generate::Args),
 }
 
 /// How a verb ended.
@@ -87,6 +95,10 @@ fn run(cli: &Cli, out: &mut dyn Write) -> anyhow::Result<Outcome> {
         Verb::Reload(args) => events::reload(args, out),
         Verb::Retry(args) => events::retry(args, out),
         Verb::Status(args) => events::status(args, out),
+        Verb::Explain(args) => explain::run(args, out),
+        Verb::Plan(args) => diff::plan(args, out),
+        Verb::Diff(args) => diff::diff(args, out),
+        Verb::Generate(args) => generate::run(args, out),
     }
 }
 

@@ -39,7 +39,8 @@ fn is_harmless(one: char) -> bool {
 /// Breaks text into lines of at most `width` columns, at spaces where there are some.
 pub(super) fn wrapped(text: &str, width: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
-    for word in text.split_whitespace() {
+    let pieces: Vec<String> = text.split_whitespace().flat_map(|word| chopped(word, width)).collect();
+    for word in &pieces {
         let Some(line) = lines.last_mut() else { continue };
         let used = line.chars().count();
         if used == 0 {
@@ -48,10 +49,16 @@ pub(super) fn wrapped(text: &str, width: usize) -> Vec<String> {
             line.push(' ');
             line.push_str(word);
         } else {
-            lines.push(word.to_owned());
+            lines.push(word.clone());
         }
     }
     lines
+}
+
+/// A word in parts of at most `width` characters.
+fn chopped(word: &str, width: usize) -> Vec<String> {
+    let chars: Vec<char> = word.chars().collect();
+    chars.chunks(width.max(1)).map(|part| part.iter().collect()).collect()
 }
 
 /// A problem with its line of the file, the way compilers show it.
@@ -118,8 +125,9 @@ mod tests {
     }
 
     #[test]
-    fn long_text_is_broken_at_spaces() {
+    fn long_text_is_broken_at_spaces_and_long_words_anywhere() {
         assert_eq!(wrapped("aa bb cc", 5), ["aa bb", "cc"]);
+        assert_eq!(wrapped("aaaabbbbcc", 4), ["aaaa", "bbbb", "cc"]);
         assert_eq!(wrapped("", 5), [""]);
     }
 }

@@ -210,6 +210,22 @@ impl Condition {
         }
     }
 
+    /// Why a device does not fit, for people. Not escaped: strings are the device's.
+    pub fn misfit(&self, device: &DeviceFacts) -> String {
+        let (found, wanted) = (self.found(device), self.wanted());
+        match self {
+            Self::At(places) if places.iter().any(|place| place.subtree) => {
+                format!("{found} is not {wanted} nor below it")
+            }
+            Self::AnyInterface(_) => format!("{found}: none of {wanted}"),
+            Self::AllInterfaces(_) => format!("{found}: not all of {wanted}"),
+            Self::OnlyInterfaces(_) => format!("{found}: not only {wanted}"),
+            Self::NoInterface(_) => format!("{found}: some of {wanted}"),
+            Self::ExactlyInterfaces(_) => format!("{found}: not exactly {wanted}"),
+            _ => format!("{found} is not {wanted}"),
+        }
+    }
+
     /// What the device has for this key. Not escaped: strings are the device's.
     pub fn found(&self, device: &DeviceFacts) -> String {
         match self {

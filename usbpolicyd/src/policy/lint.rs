@@ -56,7 +56,7 @@ fn weak(rule: &Rule, trust: u8, problems: &mut Vec<Problem>) {
         let severity = if clause.conditions.iter().any(by_name) { Severity::Warning } else { Severity::Note };
         let problem = Problem::new(severity, "weak-selector", message).at(&rule.origin);
         problems.push(problem.help("add at, controller or id, or mode = \"manual\""));
-    } else if trust >= TRUSTED {
+    } else if trust >= TRUSTED && highest < Specificity::UNIT {
         let harmful: Vec<&str> = HARMFUL.iter().copied().filter(|class| may_bring(clause, class)).collect();
         if harmful.is_empty() {
             return;

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use super::parse::{Document, parse_file};
-use super::problem::{Origin, Problem, Severity};
+use super::problem::{Origin, Problem, Severity, quote};
 use super::reader::closest;
 use super::schema::{Match, PlaceRef, Policy};
 
@@ -77,9 +77,7 @@ pub fn load(sources: &[Source]) -> Result<Loaded, Vec<Problem>> {
     }
     let Merge { policy, mut problems, .. } = merge;
     check_names(&policy, &mut problems);
-    for problem in &mut problems {
-        problem.quote(&sorted);
-    }
+    quote(&mut problems, sources);
     problems.sort_by(|a, b| a.origin.cmp(&b.origin));
     if problems.iter().any(|problem| problem.severity == Severity::Error) {
         problems.retain(|problem| problem.severity == Severity::Error);

@@ -8,6 +8,7 @@ mod check;
 pub mod compile;
 pub mod condition;
 pub mod decide;
+pub mod explain;
 pub mod lint;
 pub mod load;
 mod overlap;

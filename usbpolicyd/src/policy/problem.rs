@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Serialize, Serializer};
 
+use super::load::Source;
+
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -107,15 +109,6 @@ impl Problem {
         self
     }
 
-    /// Adds the line that the problem is about, if it has a place but no excerpt yet.
-    pub(super) fn quote(&mut self, sources: &[&super::load::Source]) {
-        let (Some(origin), None) = (&self.origin, &self.excerpt) else { return };
-        let Some(source) = sources.iter().find(|source| source.path == origin.file) else { return };
-        let row = usize::try_from(origin.line).unwrap_or(usize::MAX).saturating_sub(1);
-        let line = source.text.lines().nth(row);
-        self.excerpt = line.map(|line| Excerpt { line: line.to_owned(), width: 1 });
-    }
-
     /// The same, with what to do.
     #[must_use]
     pub fn help(mut self, help: impl Into<String>) -> Self {
@@ -139,6 +132,17 @@ impl fmt::Display for Problem {
             Some(help) => write!(f, " ({help})"),
             None => Ok(()),
         }
+    }
+}
+
+/// Adds to each problem the line that it is about, if it has a place but no excerpt yet.
+pub fn quote(problems: &mut [Problem], sources: &[Source]) {
+    for problem in problems {
+        let (Some(origin), None) = (&problem.origin, &problem.excerpt) else { continue };
+        let Some(source) = sources.iter().find(|source| source.path == origin.file) else { continue };
+        let row = usize::try_from(origin.line).unwrap_or(usize::MAX).saturating_sub(1);
+        let line = source.text.lines().nth(row);
+        problem.excerpt = line.map(|line| Excerpt { line: line.to_owned(), width: 1 });
     }
 }
 
