@@ -68,6 +68,7 @@ fn plain_match() -> impl Strategy<Value = String> {
         }),
         1 => some_of(&["dongle", "other"]).prop_map(|device| format!("device = {device}")),
         1 => Just("controller = '0000:00:14.0'".to_owned()),
+        1 => some_of(&["00", "ef:02", "03"]).prop_map(|class| format!("class = {class}")),
         1 => some_of(&["ultra*", "*fit", "*"]).prop_map(|product| format!("product = {product}")),
         1 => select(&["high", ">=super", "<=full"][..]).prop_map(|speed| format!("speed = '{speed}'")),
         1 => select(&["0", "\">=1\"", "[0, 2]"][..]).prop_map(|depth| format!("depth = {depth}")),
@@ -142,6 +143,7 @@ fn device() -> impl Strategy<Value = DeviceFacts> {
         .prop_map(|(port, id, serial, classes, speed, product)| {
             let port: PortAddress = port.parse().unwrap();
             let topology = topology();
+            let two_deep = port.chain.ports().len() == 2;
             let interface = stick("9").interfaces[0].clone();
             let of_class =
                 |class: &str| InterfaceFacts { class: class.parse().unwrap(), ..interface.clone() };
@@ -155,6 +157,7 @@ fn device() -> impl Strategy<Value = DeviceFacts> {
                 product: product.map(str::to_owned),
                 interfaces: classes.into_iter().map(of_class).collect(),
                 speed,
+                class: if two_deep { "00:00:00" } else { "ef:02:01" }.parse().unwrap(),
                 ..stick("9")
             }
         })
@@ -183,8 +186,15 @@ fn outcome(policy: &CompiledPolicy, device: &DeviceFacts) -> String {
     }
 }
 
+/// A hundred cases of twenty devices each; `PROPTEST_CASES` asks for more.
+fn config() -> ProptestConfig {
+    let usual = ProptestConfig::default();
+    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { usual.cases } else { 100 };
+    ProptestConfig { cases, failure_persistence: None, ..usual }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn order_of_rules_never_matters(
