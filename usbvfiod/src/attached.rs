@@ -104,12 +104,9 @@ impl Book {
             .values()
             .filter(|entry| after.is_none_or(|after| entry.id > after))
             .filter_map(|entry| match &entry.state {
-                State::Attached { port, address, path } => Some(AttachedDevice {
-                    id: entry.id,
-                    port: *port,
-                    address: *address,
-                    path: path.clone(),
-                }),
+                State::Attached { port, address, path } => {
+                    Some(AttachedDevice { id: entry.id, port: *port, address: *address, path: path.clone() })
+                }
                 State::Opening(_) | State::Leaving(_) => None,
             })
             .collect();
