@@ -158,6 +158,14 @@ impl UsbDevice {
         self
     }
 
+    /// Serial number of a stick or disk; empty for others.
+    pub fn serial_number(&self) -> &str {
+        match &self.kind {
+            Kind::Storage { serial, .. } => serial,
+            Kind::Plain { .. } => "",
+        }
+    }
+
     /// Its name in this test, which is also its QEMU id.
     pub fn name(&self) -> &str {
         &self.name
@@ -267,15 +275,20 @@ impl Medium {
 
     /// SHA-256 of what is in the file now: what a guest wrote, once it has flushed.
     pub fn sha256_now(&self) -> Result<String> {
-        let mut file = File::open(&self.path)?;
+        self.sha256_repeated(1)
+    }
+
+    /// The same for what is in the file now, `rounds` times in a row.
+    pub fn sha256_repeated(&self, rounds: u32) -> Result<String> {
         let mut hasher = Sha256::new();
         let mut block = vec![0; 1 << 20];
-        loop {
-            match file.read(&mut block)? {
-                0 => return Ok(hex(&hasher.finalize())),
-                length => hasher.update(&block[..length]),
+        for _ in 0..rounds {
+            let mut file = File::open(&self.path)?;
+            while let length @ 1.. = file.read(&mut block)? {
+                hasher.update(&block[..length]);
             }
         }
+        Ok(hex(&hasher.finalize()))
     }
 }
 
@@ -294,6 +307,17 @@ pub struct Plugged {
 }
 
 impl Plugged {
+    /// The connector it is in, as a policy names it: `pci-ADDRESS/usb3:PORT`; `usb3` because a stick on the xHCI is a
+    /// SuperSpeed device, `usb2` for all that is slower.
+    pub fn connector(&self) -> String {
+        let device = &self.device;
+        let half = match (device.controller, &device.kind) {
+            (Controller::Xhci, Kind::Storage { .. }) => "usb3",
+            _ => "usb2",
+        };
+        format!("pci-{}/{half}:{}", device.controller.pci_address(), device.port)
+    }
+
     /// SHA-256 of its medium when it was made.
     pub fn sha256(&self) -> &str {
         self.medium.as_ref().map_or("", |medium| &medium.sha256)

@@ -1,7 +1,7 @@
 //! The host under test: a virtual machine with USB controllers and Debian's kernel, in which our daemons and the guests run.
 
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,6 +18,18 @@ use crate::log::Log;
 use crate::qmp::Qmp;
 use crate::remote::{Process, Remote};
 use crate::{agent, binaries, initramfs, progress};
+
+/// Programs that the host under test gets: ours, and those of this crate that run in it.
+const PROGRAMS: &[&str] = &[
+    "usbpolicyd",
+    "usbpolicyctl",
+    "usbvfiod",
+    "vm-agent",
+    "usb-transport",
+    "usbip-device",
+    "gadget",
+    "usbtest-run",
+];
 
 /// Start of QEMU until it connects to its sockets.
 const CONNECT_WITHIN: Duration = Duration::from_secs(20);
@@ -95,7 +107,7 @@ impl Host {
         let programs = binaries::directory()?;
         let share = at("stage");
         std::fs::create_dir_all(share.join("bin"))?;
-        for program in ["vm-agent", "usb-transport", "usbpolicyd", "usbpolicyctl", "usbvfiod"] {
+        for program in PROGRAMS {
             let from = programs.join(program);
             // A workspace in the making may lack one; a scenario that starts it says so.
             if from.exists() {
@@ -107,6 +119,12 @@ impl Host {
             if let Some(from) = std::env::var_os(variable).map(PathBuf::from) {
                 binaries::stage(&from, &share.join("bin").join(name)).context(variable)?;
             }
+        }
+        let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging");
+        for file in ["sysusers.d/usbpolicyd.conf", "tmpfiles.d/usbpolicyd.conf", "udev/70-usbpolicyd.rules"] {
+            let (from, to) = (packaging.join(file), share.join("packaging").join(file));
+            std::fs::create_dir_all(to.parent().unwrap_or(&share))?;
+            std::fs::copy(&from, &to).with_context(|| format!("copy {}", from.display()))?;
         }
         std::fs::write(share.join("host-start.sh"), include_bytes!("host-start.sh"))?;
         std::fs::write(
@@ -260,8 +278,10 @@ impl Host {
     /// Presses and releases keys, by QEMU's names (`a`, `ret`, `shift`).
     pub fn press(&self, keys: &[&str]) -> Result<()> {
         for key in keys {
-            let key = json!([{"type": "qcode", "data": key}]);
-            self.qmp.execute("send-key", json!({"keys": key, "hold-time": 20}))?;
+            for down in [true, false] {
+                let key = json!({"key": {"type": "qcode", "data": key}, "down": down});
+                self.qmp.execute("input-send-event", json!({"events": [{"type": "key", "data": key}]}))?;
+            }
         }
         Ok(())
     }

@@ -56,9 +56,6 @@ for directory in $PRUNED; do rm -rf "$kernel/kernel/$directory"; done
 find "$kernel" -name '*.ko.xz' -print0 | xargs -0 -P2 -n50 xz -d
 chroot "$1" depmod "${kernel##*/}"
 rm -rf "$1"/boot/initrd* "$1"/boot/System.map* "$1"/usr/share/locale/* "$1"/usr/share/doc/*
-chroot "$1" groupadd --system usbpolicyd
-chroot "$1" groupadd --system usbpolicy-admin
-chroot "$1" useradd --system --user-group --no-create-home usbvfiod
 mkdir -p "$1/stage"
 "#;
 

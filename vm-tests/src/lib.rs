@@ -8,9 +8,11 @@ pub mod accel;
 pub mod agent;
 pub mod binaries;
 pub mod cpio;
+pub mod daemons;
 pub mod devices;
 pub mod gadget;
 pub mod guest;
+pub mod guest_devices;
 pub mod host;
 pub mod image;
 pub mod initramfs;
@@ -21,6 +23,7 @@ pub mod protocol;
 pub mod qmp;
 pub mod remote;
 pub mod rig;
+pub mod scenarios;
 pub mod slots;
 pub mod usbip;
 pub mod usbtest;
@@ -31,6 +34,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 
+pub use daemons::{Usbpolicyd, Usbvfiod};
 pub use devices::{Controller, Plugged, UsbDevice};
 pub use guest::{Guest, GuestConfig, Vmm};
 pub use host::{Host, HostConfig};

@@ -2,26 +2,40 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
-use vm_tests::{Guest, GuestConfig, HostConfig, UsbDevice, Vmm, scenario};
+use anyhow::{Context, Result};
+use vm_tests::{Guest, GuestConfig, HostConfig, Mark, UsbDevice, Vmm, scenario};
 
 /// A stick goes the whole way with QEMU's own USB pass-through, so that a failure elsewhere is not the harness's.
 #[test]
 fn a_stick_reaches_a_guest_through_qemus_usb_host() -> Result<()> {
     scenario(&HostConfig::default(), |host| {
         let stick = host.plug(UsbDevice::stick("stick1").port("2"))?;
-        let name = host.kernel_name(&stick)?;
-        assert!(host.run("lsusb")?.contains("46f4:0001"));
+        let keyboard = host.plug(UsbDevice::keyboard("keyboard1").port("3"))?;
+        let place = |plugged| -> Result<String> {
+            let name = host.kernel_name(plugged)?;
+            Ok(name.replacen('-', ",hostport=", 1)).map(|place| format!("hostbus={place}"))
+        };
+        let devices = vec![place(&stick)?, place(&keyboard)?];
+        let guest = Guest::start(host, &GuestConfig::new("vm1", Vmm::QemuUsbHost { devices }))?;
+        guest.check_content(&stick)?;
 
-        let (bus, port) = name.split_once('-').expect("a port name");
-        let device = format!("hostbus={bus},hostport={port}");
-        let guest = Guest::start(host, &GuestConfig::new("vm1", Vmm::QemuUsbHost { devices: vec![device] }))?;
-        guest.wait_line("sd 0:0:0:0:*Attached SCSI*disk", Duration::from_secs(30))?;
-        assert_eq!(guest.sha256_of("/dev/sda", stick.size_bytes())?, stick.sha256());
+        let keys = guest.read_keys(Mark::START, 3)?;
+        host.press(&["a", "b", "ret"])?;
+        let expected = [(30, 1), (30, 0), (48, 1), (48, 0), (28, 1), (28, 0)];
+        assert_eq!(keys.finish(Duration::from_secs(20))?, expected);
 
+        let disk = guest.wait_disk(&stick)?;
+        let medium = stick.medium.as_ref().context("a stick has a medium")?;
+        let copy = guest.start_copy(&disk, 2)?;
+        assert_eq!(copy.finish(Duration::from_secs(60))?, medium.sha256_repeated(2)?);
+
+        let copy = guest.start_copy(&disk, 1000)?;
+        guest.wait_read_from(&disk, 52 << 20)?;
         let before = guest.here();
         host.unplug(&stick)?;
-        guest.wait_line_after(before, "USB disconnect", Duration::from_secs(10))?;
+        guest.wait_line_after(before, "USB disconnect", Duration::from_secs(20))?;
+        assert!(copy.finish(Duration::from_secs(20)).is_err(), "a copy from a stick that was pulled");
+        assert!(!guest.has(&stick)?);
         Ok(())
     })
 }
