@@ -110,8 +110,10 @@ impl Guest {
         let log = self.kernel_log.clone();
         std::thread::spawn(move || {
             for line in std::io::BufRead::lines(std::io::BufReader::new(messages)).map_while(Result::ok) {
-                let text = line.split_once(';').map_or(line.as_str(), |(_, text)| text);
-                log.push(format!("{text}\n").as_bytes());
+                // Lines that begin with a blank tell the subsystem and device of the record before.
+                if let Some((_, text)) = line.split_once(';').filter(|_| !line.starts_with(' ')) {
+                    log.push(format!("{text}\n").as_bytes());
+                }
             }
         });
         Ok(())

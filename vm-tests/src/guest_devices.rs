@@ -46,10 +46,14 @@ impl Keys {
     /// What was typed since the reader was started, as pairs of key code (linux/input-event-codes.h) and state (1 down, 0 up).
     pub fn finish(&self, within: Duration) -> Result<Vec<(u16, u32)>> {
         self.process.wait(within)?;
-        let lines = self.process.log().all_after(Mark::START, "");
+        let records = self.process.take_stdout();
+        // struct input_event of linux/input.h: 16 bytes of time, type, code, value.
+        let decoded = records.chunks_exact(24).map(|record| {
+            let half = |at: usize| u16::from_le_bytes([record[at], record[at + 1]]);
+            (half(16), half(18), u32::from(half(20)))
+        });
         // EV_KEY is 1; the rest are scan codes and ends of reports.
-        let pairs = lines.iter().filter_map(|line| line.strip_prefix("1 ")?.split_once(' '));
-        pairs.map(|(code, value)| Ok((code.parse()?, value.trim().parse()?))).collect()
+        Ok(decoded.filter(|(kind, ..)| *kind == 1).map(|(_, code, value)| (code, value)).collect())
     }
 }
 
@@ -58,11 +62,10 @@ impl Guest {
     pub fn read_keys(&self, mark: Mark, count: usize) -> Result<Keys> {
         let line = self.wait_line_after(mark, "input: *Keyboard as /", Duration::from_secs(30))?;
         let input = line.text.rsplit('/').next().unwrap_or_default();
-        // For each key, down and up: scan code, key, end of report. A record has 24 bytes; the first 16 are the time.
+        // For each key, down and up: scan code, key, end of report.
         let script = format!(
             "until event=$(ls -d /sys/class/input/{input}/event*); do usleep 20000; done 2>/dev/null; \
-             exec 3</dev/input/${{event##*/}}; echo open; \
-             dd bs=24 count={} <&3 2>/dev/null | hexdump -v -e '4/4 \"\" 1/2 \"%u \" 1/2 \"%u \" 1/4 \"%d\\n\"'",
+             exec 3</dev/input/${{event##*/}}; echo open >&2; exec dd bs=24 count={} <&3",
             6 * count
         );
         let process = self.remote().spawn(&["sh", "-c", &script])?;
