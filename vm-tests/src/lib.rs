@@ -25,8 +25,10 @@ pub mod remote;
 pub mod rig;
 pub mod scenarios;
 pub mod slots;
+pub mod stream;
 pub mod usbip;
 pub mod usbtest;
+pub mod virtual_devices;
 
 use std::io::Read;
 use std::sync::OnceLock;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::{ioctl_readwrite, request_code_readwrite};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// `struct usbtest_param_64`.
 #[repr(C)]
@@ -42,7 +42,7 @@ mod raw {
 }
 
 /// One call of one case.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Call {
     /// Number of the case.
     pub case: u32,

@@ -5,6 +5,7 @@
 //! its 32-bit little-endian number, and all further bytes are the lowest byte of that number. Both start again at 0
 //! when the host chooses a setting.
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::usbip::descriptors::{Endpoint, Identity, Image, Setting, Speed};
@@ -26,9 +27,27 @@ fn identity(speed: Speed, product: u16, serial: &str) -> Identity {
     Identity { speed, vendor: VENDOR, product, class: [0xff, 0, 0], serial: serial.to_owned() }
 }
 
-/// Byte `at` of the numbered stream.
-pub fn stream_byte(at: u64) -> u8 {
-    (at / 8).to_le_bytes()[(at % 8) as usize]
+/// Fills `bytes` with the numbered stream from byte `at` on.
+pub fn fill_stream(at: u64, bytes: &mut [u8]) {
+    let skip = (at % 8) as usize;
+    let head = bytes.len().min((8 - skip) % 8);
+    let (head, rest) = bytes.split_at_mut(head);
+    head.copy_from_slice(&(at / 8).to_le_bytes()[skip..skip + head.len()]);
+    for (number, place) in (at.div_ceil(8)..).zip(rest.chunks_mut(8)) {
+        place.copy_from_slice(&number.to_le_bytes()[..place.len()]);
+    }
+}
+
+/// Compares `bytes` with the numbered stream from byte `at` on: how many are wrong, and where the first of them is.
+pub fn check_stream(at: u64, bytes: &[u8]) -> (u64, Option<u64>) {
+    let mut right = vec![0; bytes.len()];
+    fill_stream(at, &mut right);
+    if right == bytes {
+        return (0, None);
+    }
+    let mut wrong = (at..).zip(right.iter().zip(bytes)).filter(|(_, (right, is))| right != is);
+    let first = wrong.next().map(|(at, _)| at);
+    (u64::from(first.is_some()) + wrong.count() as u64, first)
 }
 
 /// The packet with this number.
@@ -69,20 +88,17 @@ impl Model for Bulk {
     }
 
     fn read(&mut self, _endpoint: u8, room: usize) -> Reply {
-        let end = self.sourced + room as u64;
-        let data = (self.sourced..end).map(stream_byte).collect();
-        self.sourced = end;
+        let mut data = vec![0; room];
+        fill_stream(self.sourced, &mut data);
+        self.sourced += room as u64;
         Reply::Done(data)
     }
 
     fn write(&mut self, _endpoint: u8, data: &[u8]) -> Reply {
-        for &byte in data {
-            if byte != stream_byte(self.sunk) {
-                self.wrong += 1;
-                self.first_wrong.get_or_insert(self.sunk);
-            }
-            self.sunk += 1;
-        }
+        let (wrong, first) = check_stream(self.sunk, data);
+        self.wrong += wrong;
+        self.first_wrong = self.first_wrong.or(first);
+        self.sunk += data.len() as u64;
         Reply::Done(Vec::new())
     }
 
@@ -101,17 +117,24 @@ pub struct Isochronous {
     speed: Speed,
     image: Image,
     sourced: u32,
-    sink: Sink,
+    sink: PacketCheck,
 }
 
-#[derive(Default)]
-struct Sink {
-    expected: u32,
-    received: u64,
-    empty: u64,
-    missing: u64,
-    disordered: u64,
-    corrupt: u64,
+/// Checks numbered isochronous packets, on either side.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PacketCheck {
+    /// The number that should come next.
+    pub expected: u32,
+    /// Packets with a number.
+    pub received: u64,
+    /// Packets without room for one.
+    pub empty: u64,
+    /// Numbers that were skipped.
+    pub missing: u64,
+    /// Numbers that came again or too late.
+    pub disordered: u64,
+    /// Packets whose bytes do not fit their number.
+    pub corrupt: u64,
 }
 
 impl Isochronous {
@@ -120,7 +143,7 @@ impl Isochronous {
         let endpoints = [SOURCE, SINK].map(|address| Endpoint::isochronous(address, max_packet, interval));
         let settings = [Setting::vendor(0, 0, &[]), Setting::vendor(0, 1, &endpoints)];
         let image = Image::new(&identity(speed, ISOCHRONOUS_PRODUCT, serial), &settings);
-        Self { speed, image, sourced: 0, sink: Sink::default() }
+        Self { speed, image, sourced: 0, sink: PacketCheck::default() }
     }
 }
 
@@ -147,21 +170,18 @@ impl Model for Isochronous {
         // Leaving the stream keeps the figures of the last one.
         if alternate == 1 {
             self.sourced = 0;
-            self.sink = Sink::default();
+            self.sink = PacketCheck::default();
         }
     }
 
     fn statistics(&self) -> Value {
-        let Sink { received, empty, missing, disordered, corrupt, .. } = self.sink;
-        json!({
-            "sourced": self.sourced, "received": received, "empty": empty,
-            "missing": missing, "disordered": disordered, "corrupt": corrupt,
-        })
+        json!({ "sourced": self.sourced, "sink": self.sink })
     }
 }
 
-impl Sink {
-    fn take(&mut self, data: &[u8]) {
+impl PacketCheck {
+    /// The next packet.
+    pub fn take(&mut self, data: &[u8]) {
         let Some((number, _)) = data.split_first_chunk::<4>() else {
             self.empty += 1;
             return;
@@ -197,21 +217,22 @@ mod tests {
     #[test]
     fn a_lost_byte_is_seen_and_where() {
         let mut bulk = Bulk::new(Speed::High, "1");
-        let mut data: Vec<u8> = (0..32).map(stream_byte).collect();
-        data.remove(7);
+        let mut data = vec![0; 32];
+        fill_stream(0, &mut data);
+        data.remove(8);
         let _ = bulk.write(SINK, &data);
-        assert_eq!(bulk.statistics()["first_wrong"], 7);
+        assert_eq!(bulk.statistics()["first_wrong"], 8);
     }
 
     #[test]
     fn sink_tells_missing_doubled_and_corrupt_packets_apart() {
-        let mut sink = Sink::default();
+        let mut sink = PacketCheck::default();
         let mut broken = packet(5, 16);
         broken[9] ^= 1;
         for data in [packet(0, 16), packet(3, 16), packet(3, 16), Vec::new(), packet(4, 16), broken] {
             sink.take(&data);
         }
-        let Sink { received, empty, missing, disordered, corrupt, expected } = sink;
+        let PacketCheck { received, empty, missing, disordered, corrupt, expected } = sink;
         assert_eq!((received, empty, missing, disordered, corrupt, expected), (5, 1, 2, 1, 1, 5));
     }
 }

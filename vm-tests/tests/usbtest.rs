@@ -1,0 +1,124 @@
+//! The kernel's own host controller test, `usbtest.ko`: on the host itself, which is the reference, and in a guest.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use vm_tests::usbtest::{Call, Suite};
+use vm_tests::virtual_devices::{UsbIpDevice, plug_gadget, remove_gadget};
+use vm_tests::{Host, HostConfig, Remote, progress, scenario};
+
+/// All calls of a suite, with every processor emulated and busy.
+const SUITE_WITHIN: Duration = Duration::from_secs(300);
+
+/// A device and what of it is tested.
+struct Subject {
+    suite: Suite,
+    speed: &'static str,
+    is_gadget: bool,
+}
+
+const SUBJECTS: &[Subject] = &[
+    Subject { suite: Suite::Bulk, speed: "high", is_gadget: true },
+    Subject { suite: Suite::Bulk, speed: "super", is_gadget: true },
+    Subject { suite: Suite::Isochronous, speed: "high", is_gadget: false },
+    Subject { suite: Suite::Interrupt, speed: "high", is_gadget: false },
+    Subject { suite: Suite::Isochronous, speed: "super", is_gadget: false },
+    Subject { suite: Suite::Interrupt, speed: "super", is_gadget: false },
+];
+
+impl Subject {
+    fn suite_name(&self) -> &'static str {
+        match self.suite {
+            Suite::Bulk => "bulk",
+            Suite::Isochronous => "isochronous",
+            Suite::Interrupt => "interrupt",
+        }
+    }
+
+    /// The value of `usbtest`'s parameter `alt`.
+    fn alternate(&self) -> u8 {
+        match self.suite {
+            Suite::Bulk => 0,
+            Suite::Isochronous => 1,
+            Suite::Interrupt => 2,
+        }
+    }
+
+    fn title(&self) -> String {
+        let kind = if self.is_gadget { "SourceSink gadget" } else { "USB/IP device" };
+        format!("{} cases, {} speed, {kind}", self.suite_name(), self.speed)
+    }
+
+    /// Runs `body` while the device is in.
+    fn while_plugged<T>(&self, host: &Host, body: impl FnOnce() -> Result<T>) -> Result<T> {
+        // A driver that udev loads by itself would have the wrong parameter, or take what is meant for a guest.
+        host.run("mkdir -p /etc/modprobe.d; echo blacklist usbtest > /etc/modprobe.d/usbtest.conf")?;
+        if self.is_gadget {
+            plug_gadget(host, "zero", "sourcesink", self.speed, "")?;
+            let result = body();
+            remove_gadget(host, "zero")?;
+            return result;
+        }
+        let device = UsbIpDevice::plug(host, "usbtest", &["--speed", self.speed])?;
+        let result = body()?;
+        let wrong = device.statistics()?["device"]["model"]["wrong"].clone();
+        ensure!(wrong == 0, "{wrong} bytes arrived wrong in the device");
+        Ok(result)
+    }
+}
+
+/// One line of the table.
+struct Row {
+    call: Call,
+    result: String,
+    seconds: f64,
+}
+
+/// Lets a kernel test the device that is in.
+fn run_suite(machine: &Remote, subject: &Subject) -> Result<Vec<Row>> {
+    let load = format!("rmmod usbtest 2>/dev/null; modprobe usbtest alt={}", subject.alternate());
+    machine.run(&load)?;
+    // A second or less; the loop ends with the limit of the command.
+    machine.run("until ls -d /sys/bus/usb/drivers/usbtest/*:* >/dev/null 2>&1; do sleep 0.05; done")?;
+    let script = format!("usbtest-run --json --suite {}", subject.suite_name());
+    let output = machine.try_run(&script, SUITE_WITHIN)?;
+    machine.run("rmmod usbtest")?;
+    let rows = output.text().lines().map(parse_row).collect::<Result<Vec<_>>>()?;
+    ensure!(rows.len() == subject.suite.calls().len(), "{}", output.transcript);
+    Ok(rows)
+}
+
+fn parse_row(line: &str) -> Result<Row> {
+    let value: serde_json::Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
+    let call = serde_json::from_value(value["call"].clone())?;
+    let result = value["result"].as_str().context("result")?.to_owned();
+    Ok(Row { call, result, seconds: value["seconds"].as_f64().context("seconds")? })
+}
+
+fn print(rows: &[Row]) {
+    for Row { call: Call { case, iterations, length, vary, sglen }, result, seconds } in rows {
+        println!("{case:4} {iterations:6} {length:8} {vary:6} {sglen:6}   {result:12} {seconds:9.6}");
+    }
+}
+
+fn ensure_all_ok(rows: &[Row], title: &str) -> Result<()> {
+    let failed: Vec<_> = rows.iter().filter(|row| row.result != "ok").map(|row| row.call).collect();
+    ensure!(failed.is_empty(), "{title}: these failed: {failed:?}");
+    Ok(())
+}
+
+/// Without us in between: if this fails, a failure in a guest says nothing.
+#[test]
+fn every_case_passes_on_the_host_itself() -> Result<()> {
+    scenario(&HostConfig::default(), |host| {
+        for subject in SUBJECTS {
+            let rows = subject.while_plugged(host, || run_suite(host.remote(), subject))?;
+            println!("{}, on the host itself", subject.title());
+            println!("case  times    bytes   vary  sglen   result         seconds");
+            print(&rows);
+            ensure_all_ok(&rows, &subject.title())?;
+            progress(&subject.title());
+        }
+        Ok(())
+    })
+}
