@@ -29,6 +29,7 @@ const PROGRAMS: &[&str] = &[
     "usbip-device",
     "gadget",
     "usbtest-run",
+    "usb-stream",
 ];
 
 /// Start of QEMU until it connects to its sockets.
@@ -42,18 +43,6 @@ const BOOT_WITHIN_KVM: Duration = Duration::from_secs(15);
 
 /// A device that is pulled is gone at once for QEMU.
 const UNPLUG_WITHIN: Duration = Duration::from_secs(10);
-
-/// What the host under test gets in its `PATH`.
-const PROGRAMS: [&str; 8] = [
-    "vm-agent",
-    "usbpolicyd",
-    "usbpolicyctl",
-    "usbvfiod",
-    "usbip-device",
-    "gadget",
-    "usbtest-run",
-    "usb-stream",
-];
 
 /// What the host under test is made of.
 #[derive(Clone, Debug)]
