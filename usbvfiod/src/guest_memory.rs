@@ -5,7 +5,7 @@
 //! takes effect at once, whatever is in flight: a transfer that ends later finds no memory and says so.
 //!
 //! What survives a hostile client: overlapping maps (`EEXIST`), maps without a file (taken, but every access
-//! fails), files shorter than the map, files shortened later ([`backing`]), and too many maps or files.
+//! fails), files shorter than the map, files shortened later (`backing`), and too many maps or files.
 
 mod backing;
 
@@ -98,7 +98,7 @@ impl GuestMemory {
         tracing::debug!(
             address = format_args!("{:#x}", map.address),
             size = map.size,
-            ?backing,
+            kind = backing.kind(),
             "guest memory mapped"
         );
         let (readable, writable) = (map.readable, map.writable);

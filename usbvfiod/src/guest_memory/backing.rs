@@ -2,9 +2,10 @@
 //!
 //! A mapping of a file that its owner shortens kills whoever touches it. So a file is mapped only when it is sealed
 //! against shrinking (`F_SEAL_SHRINK`; QEMU's `memory-backend-memfd` is, by default), and all others are read and
-//! written by `pread` and `pwrite`, which answer with an error. That costs a system call for each access, about 0.2 µs,
-//! and the same copy of the payload; there is no window between check and use. A signal handler that maps
-//! zeros over the hole would be faster for memory that is not sealed, and would need `unsafe` and a table that it shares with the loop.
+//! written by `pread` and `pwrite`, which answer with an error; there is no window between check and use. The payload
+//! is still copied once. The price is a system call for each access and two for a ring's record, which is small beside
+//! the socket round trips of the doorbell and the interrupt that it belongs to. A signal handler that maps zeros over
+//! the hole would save that for memory that is not sealed, and would need `unsafe` and a table shared with the loop.
 //!
 //! hugetlbfs cannot be written by `pwrite` (`fs/hugetlbfs/inode.c` has no `write_iter`). There the bytes go through a
 //! pipe and `read` puts them into the mapping, so that the kernel meets the hole and says EFAULT.
@@ -129,6 +130,16 @@ impl Backing {
             return Ok(Self::HugeFile { file: file.clone(), start: map.offset, mapping: mapping()? });
         }
         Ok(plain())
+    }
+
+    /// For the log. (`Debug` of a file looks into /proc, which the sandbox does not allow.)
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Self::Unreachable => "no file",
+            Self::Mapped(_) => "mapped",
+            Self::File { .. } => "file",
+            Self::HugeFile { .. } => "huge pages, file",
+        }
     }
 
     /// Copies from `offset` on. The caller has checked that the map has these bytes.

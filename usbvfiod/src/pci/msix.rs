@@ -37,15 +37,17 @@ struct Vector {
 }
 
 impl Vector {
-    /// Signals the event fd if the vector is pending and may.
-    fn deliver(&mut self) {
+    /// Signals the event fd if the vector is pending and may. A broken one is dropped, and told of once.
+    fn deliver(&mut self, told: &mut bool) {
         let Some(eventfd) = self.eventfd.as_ref().filter(|_| self.pending && !self.masked) else { return };
         match rustix::io::write(eventfd, &1u64.to_ne_bytes()) {
             // A counter that is full is one that is read late: the interrupt is on its way.
             Ok(_) | Err(rustix::io::Errno::AGAIN) => self.pending = false,
             Err(errno) => {
-                tracing::warn!(%errno, "interrupt event fd of the client is broken, dropped");
                 self.eventfd = None;
+                if !std::mem::replace(told, true) {
+                    tracing::warn!(%errno, "interrupt event fd of the client is broken, dropped");
+                }
             }
         }
     }
@@ -56,6 +58,8 @@ impl Vector {
 pub struct Msix {
     vectors: Vec<Vector>,
     table: Vec<u8>,
+    /// The operator knows of a broken event fd of this client.
+    told: bool,
 }
 
 impl Msix {
@@ -65,6 +69,7 @@ impl Msix {
         let mut msix = Self {
             vectors: (0..count).map(|_| Vector::default()).collect(),
             table: vec![0; count * ENTRY_SIZE],
+            told: false,
         };
         msix.reset();
         msix
@@ -74,7 +79,7 @@ impl Msix {
     pub fn signal(&mut self, vector: u16) {
         if let Some(vector) = self.vectors.get_mut(usize::from(vector)) {
             vector.pending = true;
-            vector.deliver();
+            vector.deliver(&mut self.told);
         }
     }
 
@@ -84,11 +89,8 @@ impl Msix {
             IrqChange::Disable => self.vectors.iter_mut().for_each(|vector| vector.eventfd = None),
             IrqChange::Assign { start, eventfds } => {
                 for (vector, eventfd) in self.vectors.iter_mut().skip(usize::from(start)).zip(eventfds) {
-                    match make_nonblocking(&eventfd) {
-                        Ok(()) => vector.eventfd = Some(eventfd),
-                        Err(error) => tracing::warn!(%error, "event fd of the client is of no use, dropped"),
-                    }
-                    vector.deliver();
+                    vector.eventfd = make_nonblocking(&eventfd).is_ok().then_some(eventfd);
+                    vector.deliver(&mut self.told);
                 }
             }
             IrqChange::Deassign { start, count } => {
@@ -104,6 +106,7 @@ impl Msix {
     /// The client is gone: its event fds are closed, and what was pending was for its guest.
     pub fn disconnect(&mut self) {
         self.vectors.fill_with(Vector::default);
+        self.told = false;
     }
 
     /// Reset of the function: table and pending bits as after power-on. Event fds belong to the client and stay.
@@ -144,7 +147,7 @@ impl Msix {
         for &vector in vectors {
             if let Some(vector) = self.vectors.get_mut(usize::from(vector)) {
                 vector.masked = masked;
-                vector.deliver();
+                vector.deliver(&mut self.told);
             }
         }
     }

@@ -38,7 +38,7 @@ use std::os::fd::OwnedFd;
 use nix::errno::Errno;
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_EVENTFD, VFIO_PCI_MSIX_IRQ_INDEX,
-    VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
+    VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
 };
 use zerocopy::IntoBytes;
 
@@ -50,13 +50,16 @@ use super::message::{
 use super::outbox::Outbox;
 use super::version;
 
+/// INTx, MSI and MSI-X. Not the error and the request interrupt: QEMU warns when they are there without a vector, and
+/// says nothing when they are absent.
+const NUM_IRQS: u32 = VFIO_PCI_MSIX_IRQ_INDEX + 1;
+
 /// What the client may know of the device before it asks the device itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Bytes in each region, by VFIO index; 0 is absent.
     pub region_sizes: [u64; VFIO_PCI_NUM_REGIONS as usize],
-    /// Number of MSI-X vectors. There is no INTx (Cloud Hypervisor would pay a message for each access), no MSI, and
-    /// neither the error nor the request interrupt.
+    /// Number of MSI-X vectors. INTx (Cloud Hypervisor would pay a message for each access) and MSI have none.
     pub msix_vectors: u16,
 }
 
@@ -339,7 +342,7 @@ impl Session {
                     argsz: size_of::<DeviceInfo>() as u32,
                     flags: VFIO_DEVICE_FLAGS_PCI | VFIO_DEVICE_FLAGS_RESET,
                     num_regions: VFIO_PCI_NUM_REGIONS,
-                    num_irqs: VFIO_PCI_NUM_IRQS,
+                    num_irqs: NUM_IRQS,
                 };
                 self.outbox.reply(&header, &[info.as_bytes()]);
                 Ok(Outcome::Done)
@@ -395,7 +398,7 @@ impl Session {
 
     /// Vectors can be added while others are in use, so NORESIZE is not set: QEMU then assigns them one by one.
     fn irq_info(&mut self, header: &Header, index: u32) -> Result<Outcome, Errno> {
-        if index >= VFIO_PCI_NUM_IRQS {
+        if index >= NUM_IRQS {
             return Err(Errno::EINVAL);
         }
         let argsz = size_of::<IrqInfo>() as u32;
@@ -435,7 +438,7 @@ fn irq_change(
     let vectors = layout.vectors(set.index);
     let end = set.start.checked_add(set.count).ok_or(Errno::EINVAL)?;
     let fds_fit = fds.is_empty() || (set.action == IrqAction::SetEventfds && fds.len() == set.count as usize);
-    if set.index >= VFIO_PCI_NUM_IRQS || end > vectors || !fds_fit {
+    if set.index >= NUM_IRQS || end > vectors || !fds_fit {
         return Err(Errno::EINVAL);
     }
     // In range, because the number of vectors is an u16.

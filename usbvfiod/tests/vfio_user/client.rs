@@ -52,7 +52,7 @@ fn walks_the_capability_list_and_sizes_the_bars() {
 fn interrupts_are_msix_alone() {
     let target = Target::start();
     let mut client = connect(&target);
-    for absent in [0, 1, 3, 4] {
+    for absent in [0, 1] {
         assert_eq!(client.get_irq_info(absent).unwrap().count, 0, "index {absent}");
     }
     let msix = client.get_irq_info(MSIX).unwrap();

@@ -13,6 +13,7 @@ mod irqs;
 mod lifecycle;
 mod negotiate;
 mod qemu;
+mod real_qemu;
 mod regions;
 mod requests;
 mod server;

@@ -138,8 +138,8 @@ fn device_info_needs_a_full_struct_and_argsz() {
     assert_eq!(raw.ask(GET_INFO, &words(&[16, 0, 0])), EINVAL);
     assert_eq!(raw.ask(GET_INFO, &words(&[15, 0, 0, 0])), EINVAL);
     for argsz in [16, 32, u32::MAX] {
-        // PCI and RESET, 9 regions, 5 interrupts; 32 bytes with the header.
-        assert_eq!(raw.ask(GET_INFO, &words(&[argsz, 0, 0, 0])), Ok(words(&[16, 3, 9, 5])));
+        // PCI and RESET, 9 regions, 3 interrupts; 32 bytes with the header.
+        assert_eq!(raw.ask(GET_INFO, &words(&[argsz, 0, 0, 0])), Ok(words(&[16, 3, 9, 3])));
     }
 }
 
@@ -179,8 +179,9 @@ fn irq_info_that_is_short_or_of_no_index_is_refused() {
     let mut raw = Raw::negotiated(&server);
     assert_eq!(raw.ask(GET_IRQ_INFO, &words(&[16, 0, 0])), EINVAL);
     assert_eq!(raw.ask(GET_IRQ_INFO, &words(&[15, 0, 0, 0])), EINVAL);
-    assert_eq!(raw.ask(GET_IRQ_INFO, &words(&[16, 0, 5, 0])), EINVAL);
-    assert_eq!(raw.ask(GET_IRQ_INFO, &words(&[16, 0, u32::MAX, 0])), EINVAL);
+    for index in [3, 4, 5, u32::MAX] {
+        assert_eq!(raw.ask(GET_IRQ_INFO, &words(&[16, 0, index, 0])), EINVAL);
+    }
     raw.assert_in_step();
 }
 
@@ -188,7 +189,7 @@ fn irq_info_that_is_short_or_of_no_index_is_refused() {
 fn irq_info_counts_msix_and_nothing_else() {
     let server = Server::start();
     let mut raw = Raw::negotiated(&server);
-    for (index, count) in (0..).zip([0, 0, 20, 0, 0]) {
+    for (index, count) in (0..).zip([0, 0, 20]) {
         let info = raw.ask(GET_IRQ_INFO, &words(&[16, 0, index, 0]));
         assert_eq!(info, Ok(words(&[16, 1, index, count])));
     }
