@@ -9,6 +9,7 @@ mod generate;
 mod host;
 mod list;
 mod online;
+mod snapshot;
 mod text;
 mod vm;
 
@@ -44,6 +45,7 @@ enum Verb {
     Plan(diff::PlanArgs),
     Diff(diff::DiffArgs),
     Generate(generate::Args),
+    Snapshot(snapshot::Args),
 }
 
 /// How a verb ended.
@@ -99,6 +101,7 @@ fn run(cli: &Cli, out: &mut dyn Write) -> anyhow::Result<Outcome> {
         Verb::Plan(args) => diff::plan(args, out),
         Verb::Diff(args) => diff::diff(args, out),
         Verb::Generate(args) => generate::run(args, out),
+        Verb::Snapshot(args) => snapshot::run(args, out),
     }
 }
 

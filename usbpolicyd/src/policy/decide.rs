@@ -158,9 +158,7 @@ fn rules_say<'p>(policy: &'p CompiledPolicy, device: &DeviceFacts, context: &Con
 /// Why a device never leaves the host, whatever the rules say.
 pub(super) fn always_kept(policy: &CompiledPolicy, device: &DeviceFacts) -> Option<String> {
     if device.is_hub() {
-        return Some(
-            "it is a hub; name the hub's connector with subtree = true to give away what is below it".into(),
-        );
+        return Some("it is a hub (a connector with subtree gives away what is below it)".into());
     }
     policy.keep_on_host.test(device).map(|_| "protect.keep_on_host names it".into())
 }

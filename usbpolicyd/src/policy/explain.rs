@@ -99,13 +99,10 @@ pub struct RuleTrace {
 }
 
 impl RuleTrace {
-    /// The way to match that came closest.
+    /// The way to match that came closest: one that fits, else the first whose id fits, else the first.
     pub fn closest(&self) -> Option<&ClauseTrace> {
-        let distance = |clause: &&ClauseTrace| {
-            let (fitting, all) = clause.fitting();
-            (!clause.fits, all - fitting, all)
-        };
-        self.clauses.iter().min_by_key(distance)
+        let other_id = |clause: &&ClauseTrace| clause.keys.iter().any(|key| key.key == "id" && !key.fits);
+        self.clauses.iter().min_by_key(|clause| (!clause.fits, other_id(clause)))
     }
 
     /// Why it does not match: the first key that does not fit in the way that came closest.

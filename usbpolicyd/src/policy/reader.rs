@@ -221,7 +221,11 @@ impl<'t, 'i> Node<'t, 'i> {
 
     /// One of some words.
     pub(super) fn word<T: Copy>(&self, words: &[(&str, T)], sink: &mut Sink<'_>) -> Option<T> {
-        let text = self.text(sink)?;
+        let Some(text) = self.as_str() else {
+            let allowed: Vec<String> = words.iter().map(|(word, _)| format!("{word:?}")).collect();
+            self.wrong_type(sink, &format!("one of {}", allowed.join(", ")));
+            return None;
+        };
         let found = words.iter().find(|(word, _)| *word == text).map(|(_, value)| *value);
         if found.is_none() {
             let allowed: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
