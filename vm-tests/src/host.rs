@@ -30,6 +30,7 @@ const PROGRAMS: &[&str] = &[
     "gadget",
     "usbtest-run",
     "usb-stream",
+    "disk-speed",
 ];
 
 /// Start of QEMU until it connects to its sockets.
