@@ -149,7 +149,10 @@ impl Instances {
                     instance.told_up = Some(false);
                     inputs.push(Input::Down(vm.clone()));
                 }
-                instance.complain(vm, problem.text);
+                // A socket is refused for a moment between bind and listen: not worth a word.
+                if pause > RETRY_FIRST.saturating_mul(4) || !problem.retry {
+                    instance.complain(vm, problem.text);
+                }
             }
         }
     }

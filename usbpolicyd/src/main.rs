@@ -1,5 +1,6 @@
 //! The daemon that decides which VM gets which USB device. See `daemon.rs`.
 
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -22,7 +23,7 @@ fn main() -> ExitCode {
     if journal {
         builder.without_time().with_ansi(false).init();
     } else {
-        builder.init();
+        builder.with_ansi(std::io::stderr().is_terminal()).init();
     }
     match Daemon::new(&cli, journal).and_then(|mut daemon| daemon.run()) {
         Ok(()) => ExitCode::SUCCESS,

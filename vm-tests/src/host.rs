@@ -25,6 +25,7 @@ const PROGRAMS: &[&str] = &[
     "usbpolicyctl",
     "usbvfiod",
     "vm-agent",
+    "play-instance",
     "usb-transport",
     "usbip-device",
     "gadget",
