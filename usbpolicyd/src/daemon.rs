@@ -23,6 +23,8 @@ use crate::admin::{Admin, ClientId};
 use crate::audit::{Audit, Kind, Note};
 use crate::broker::{Broker, Input, LinkId};
 use crate::cli::Cli;
+use crate::guards::Guards;
+use crate::hostwatch::HostWatch;
 use crate::instances::Instances;
 use crate::instances::rundir::Watch;
 use crate::inventory::Inventory;
@@ -127,6 +129,8 @@ pub struct Daemon {
     policy_file: Option<PathBuf>,
     mode: Mode,
     sysfs: Sysfs,
+    guards: Guards,
+    host_watch: HostWatch,
     signals: SignalFd,
     monitor: Monitor,
     watch: Watch,
@@ -172,6 +176,7 @@ enum Source {
     Signals,
     Monitor,
     Watch,
+    HostWatch,
     Workers,
     Link(LinkId),
     Listener,
@@ -204,6 +209,8 @@ impl Daemon {
             policy_file: cli.policy.clone(),
             mode: Mode::from_command_line(&command_line),
             sysfs: Sysfs::default(),
+            guards: Guards::default(),
+            host_watch: HostWatch::new(Path::new("/proc")),
             signals,
             monitor,
             watch,
@@ -292,7 +299,8 @@ impl Daemon {
             let events = if waits { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
             (fd, client.map_or(Source::Listener, Source::Client), events)
         });
-        quiet.chain(clients).map(|(fd, source, events)| (PollFd::new(fd, events), source)).unzip()
+        let host = self.host_watch.sockets().map(|(fd, events)| (fd, Source::HostWatch, events));
+        quiet.chain(host).chain(clients).map(|(fd, source, events)| (PollFd::new(fd, events), source)).unzip()
     }
 
     fn handle(&mut self, source: Source) {
@@ -328,6 +336,10 @@ impl Daemon {
                 self.watch.refresh();
                 let inputs = self.instances.look(now());
                 self.queue(inputs);
+            }
+            Source::HostWatch => {
+                self.host_watch.drain();
+                self.resync_soon();
             }
             Source::Workers => self.finish_jobs(),
             Source::Link(link) => {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use common::ids::{DeviceId, VmName};
 
 use crate::broker::{Entry, OnRelease};
+use crate::guards::{Keyboards, last_keyboard};
 use crate::policy::compile::{CompiledPolicy, Options};
 use crate::policy::decide::{Context, Verdict, decide};
 use crate::policy::schema;
@@ -49,6 +50,7 @@ pub struct Inventory {
     recalled: BTreeMap<Plug, (DeviceId, VmName)>,
     past: BTreeMap<Connector, Past>,
     topology: Topology,
+    keyboards: Keyboards,
     next_id: u64,
 }
 
@@ -59,7 +61,8 @@ impl Inventory {
     }
 
     /// Takes a new reading. A plug-in that is still there keeps its name.
-    pub fn take(&mut self, now: Duration, scan: Scan) {
+    pub fn take(&mut self, now: Duration, scan: Scan, keyboards: Keyboards) {
+        self.keyboards = keyboards;
         self.topology = scan.topology;
         let mut old = std::mem::take(&mut self.items);
         let mut names = BTreeMap::new();
@@ -111,6 +114,7 @@ impl Inventory {
     ) -> (Vec<Entry>, Vec<DeviceId>) {
         let mut entries = Vec::with_capacity(self.items.len());
         let mut changed = Vec::new();
+        let mut keyboards = self.keyboards.other.saturating_add(self.keyboards.usb.len());
         for (id, item) in &mut self.items {
             let facts = &item.present.facts;
             let past = self.past.get(&facts.connector);
@@ -125,7 +129,19 @@ impl Inventory {
                 }
                 context.last_holder.get_or_insert(vm);
             }
-            let verdict = decide(policy, facts, &context);
+            let mut verdict = decide(policy, facts, &context);
+            let takes_keyboard = matches!(verdict, Verdict::Assign { .. })
+                && context.holder.is_none()
+                && self.keyboards.usb.contains(&item.present.plug.syspath);
+            if takes_keyboard && keyboards <= 1 {
+                // All others are going already.
+                let mut facts = facts.clone();
+                facts.host_use.push(last_keyboard());
+                verdict = decide(policy, &facts, &context);
+            }
+            if takes_keyboard && matches!(verdict, Verdict::Assign { .. }) {
+                keyboards = keyboards.saturating_sub(1);
+            }
             let options =
                 if let Verdict::Assign { options, .. } = &verdict { Some(&**options) } else { None };
             item.calm_at = options.and_then(|options| calm_at(past?, options.flap?));

@@ -7,6 +7,8 @@ pub mod cli;
 pub mod ctl;
 pub mod daemon;
 pub mod facts;
+pub mod guards;
+pub mod hostwatch;
 pub mod instances;
 pub mod inventory;
 pub mod jobs;

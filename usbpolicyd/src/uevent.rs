@@ -9,6 +9,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
 
+/// USB devices, and what the host makes of them (`guards`).
+const SUBSYSTEMS: [&str; 5] = ["usb", "block", "net", "input", "tty"];
 /// Most events that are taken in one go, so that a storm cannot keep the loop here.
 const EVENTS_PER_TURN: usize = 1024;
 
@@ -28,7 +30,7 @@ impl Seen {
     }
 }
 
-/// The socket of udev's events for USB devices and interfaces.
+/// The socket of udev's events.
 pub struct Monitor {
     socket: udev::MonitorSocket,
 }
@@ -36,8 +38,11 @@ pub struct Monitor {
 impl Monitor {
     /// Subscribes. Everything that happens from now on makes the socket readable, so enumerate after this.
     pub fn new() -> io::Result<Self> {
-        let socket = udev::MonitorBuilder::new()?.match_subsystem("usb")?.listen()?;
-        Ok(Self { socket })
+        let mut builder = udev::MonitorBuilder::new()?;
+        for subsystem in SUBSYSTEMS {
+            builder = builder.match_subsystem(subsystem)?;
+        }
+        Ok(Self { socket: builder.listen()? })
     }
 
     /// Takes what is there.

@@ -43,7 +43,9 @@ fn driver(host: &Host, name: &str) -> Result<String> {
 
 /// Waits until a shell condition holds in the host.
 fn wait_until(host: &Host, condition: &str) -> Result<()> {
-    let script = format!("for i in $(seq 100); do if {condition}; then exit 0; fi; busybox usleep 100000; done; exit 1");
+    let script = format!(
+        "for i in $(seq 100); do if {condition}; then exit 0; fi; busybox usleep 100000; done; exit 1"
+    );
     host.run(&script).with_context(|| format!("waited for {condition}"))?;
     Ok(())
 }

@@ -28,14 +28,15 @@ impl Daemon {
         }
     }
 
-    pub(super) fn take(&mut self, scan: Scan) {
+    pub(super) fn take(&mut self, mut scan: Scan) {
+        let keyboards = self.guards.assess(&mut scan);
         let now = now();
         self.resynced_at = Some(now);
         self.resync_at = now.saturating_add(SAFETY_INTERVAL);
         let before: BTreeMap<DeviceId, Subject> =
             self.inventory.iter().map(|(id, item)| (id, subject(id, &item.present))).collect();
         let other_ports = scan.topology != *self.inventory.topology();
-        self.inventory.take(now, scan);
+        self.inventory.take(now, scan, keyboards);
         if other_ports {
             self.compile_policy();
         }
@@ -128,7 +129,7 @@ impl Daemon {
             Ok(loaded) => loaded,
             Err(problems) => {
                 for problem in &problems {
-                    let text = problem.to_string().escape_debug().to_string().replace("\\n", "; ");
+                    let text = problem.to_string().replace('\n', "; ").replace(char::is_control, " ");
                     self.note(Kind::PolicyRefused, None, text, actor);
                 }
                 return false;
