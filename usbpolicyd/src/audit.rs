@@ -35,6 +35,8 @@ pub enum Kind {
     Failed,
     /// An instance does not let go of a device.
     Stuck,
+    /// A device was cut off from whoever had it.
+    Revoked,
     /// A device was released to the host, held or deauthorized.
     Released,
     /// An instance claims what it was never given.
@@ -61,6 +63,7 @@ impl Kind {
             Self::Detached => "detached",
             Self::Failed => "failed",
             Self::Stuck => "stuck",
+            Self::Revoked => "revoked",
             Self::Released => "released",
             Self::Foreign => "foreign",
             Self::PolicyLoaded => "policy-loaded",

@@ -29,6 +29,7 @@ use crate::instances::Instances;
 use crate::instances::rundir::Watch;
 use crate::inventory::Inventory;
 use crate::jobs::Workers;
+use crate::orders::Orders;
 use crate::policy::compile::CompiledPolicy;
 use crate::policy::schema::Policy;
 use crate::record::{self, Record};
@@ -139,6 +140,7 @@ pub struct Daemon {
     broker: Broker,
     inventory: Inventory,
     record: Record,
+    orders: Orders,
     audit: Audit,
     /// Number of the last audit entry that watchers were told.
     told_seq: u64,
@@ -219,6 +221,7 @@ impl Daemon {
             broker: Broker::default(),
             inventory: Inventory::new(first_id, recalled),
             record,
+            orders: Orders::open(&cli.state_dir, &cli.order_dir),
             audit: Audit::new(journal),
             told_seq: 0,
             admin,

@@ -192,7 +192,7 @@ impl Inventory {
     }
 
     /// All devices, by name.
-    pub fn iter(&self) -> impl Iterator<Item = (DeviceId, &Item)> {
+    pub fn iter(&self) -> impl Iterator<Item = (DeviceId, &Item)> + Clone {
         self.items.iter().map(|(id, item)| (*id, item))
     }
 

@@ -25,6 +25,8 @@ pub enum Job {
     Prepare(DeviceId, Box<Present>, Options),
     /// Do what its release asks.
     Release(DeviceId, Box<Present>, OnRelease),
+    /// Cut it off from whoever has it: its port is switched off and on.
+    Revoke(DeviceId, Box<Present>),
 }
 
 /// How it ended.
@@ -34,6 +36,8 @@ pub enum Done {
     Prepared(DeviceId, Result<Ready, NodeError>),
     /// Of [`Job::Release`].
     Released(DeviceId, Result<(), NodeError>),
+    /// Of [`Job::Revoke`].
+    Revoked(DeviceId, Result<(), NodeError>),
 }
 
 /// The threads and both ends of their queues.
@@ -102,5 +106,6 @@ fn run(nodes: &Nodes, job: Job) -> Done {
             };
             Done::Released(id, result)
         }
+        Job::Revoke(id, device) => Done::Revoked(id, nodes.cycle_port(&device)),
     }
 }

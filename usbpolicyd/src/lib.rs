@@ -12,6 +12,7 @@ pub mod hostwatch;
 pub mod instances;
 pub mod inventory;
 pub mod jobs;
+pub mod orders;
 pub mod policy;
 pub mod policy_files;
 pub mod record;

@@ -23,6 +23,8 @@ use crate::sysfs::{Present, descriptors};
 /// How often an interface that a dying process still claims is tried again, and after what pause.
 const STILL_CLAIMED_TRIES: u32 = 20;
 const STILL_CLAIMED_PAUSE: Duration = Duration::from_millis(50);
+/// How long a port stays off, so that the device notices.
+const PORT_OFF: Duration = Duration::from_millis(200);
 /// Class of interfaces that only their vendor's driver knows (USB class code list).
 const CLASS_VENDOR: u8 = 0xff;
 
@@ -89,7 +91,7 @@ pub enum NodeError {
         source: io::Error,
     },
     /// A sysfs attribute cannot be written.
-    #[error("cannot write {path}; the daemon needs the right to do so for `on_release = \"deauthorize\"`")]
+    #[error("no right to write {path}; `on_release = \"deauthorize\"` and revoking need it")]
     Sysfs {
         /// The attribute.
         path: PathBuf,
@@ -278,6 +280,15 @@ impl Nodes {
             connect(&file, interface, &node)?;
         }
         Ok(())
+    }
+
+    /// Cuts the device off: its port is switched off and on again, which ends every open file of it. On some hardware it
+    /// comes back only when it is plugged in again.
+    pub fn cycle_port(&self, device: &Present) -> Result<(), NodeError> {
+        let attribute = device.plug.syspath.join("port/disable");
+        write_sysfs(&attribute, "1")?;
+        sleep(PORT_OFF);
+        write_sysfs(&attribute, "0")
     }
 
     /// Makes the kernel forget the configuration of the device, so that no driver has it.

@@ -9,6 +9,7 @@ mod generate;
 mod host;
 mod list;
 mod online;
+mod orders;
 mod snapshot;
 mod text;
 mod vm;
@@ -34,6 +35,11 @@ enum Verb {
     Check(check::Args),
     List(list::Args),
     Vm(vm::Args),
+    Attach(orders::AttachArgs),
+    Detach(orders::DetachArgs),
+    Clear(orders::ClearArgs),
+    Orders(orders::OrdersArgs),
+    Revoke(orders::RevokeArgs),
     Log(events::LogArgs),
     Watch(events::WatchArgs),
     /// Load the policy again; a bad one is refused and the old one stays in force
@@ -92,6 +98,11 @@ fn run(cli: &Cli, out: &mut dyn Write) -> anyhow::Result<Outcome> {
         Verb::Check(args) => check::run(args, out),
         Verb::List(args) => list::run(args, out),
         Verb::Vm(args) => vm::run(args, out),
+        Verb::Attach(args) => orders::attach(args, out),
+        Verb::Detach(args) => orders::detach(args, out),
+        Verb::Clear(args) => orders::clear(args, out),
+        Verb::Orders(args) => orders::orders(args, out),
+        Verb::Revoke(args) => orders::revoke(args, out),
         Verb::Log(args) => events::log(args, out),
         Verb::Watch(args) => events::watch(args, out),
         Verb::Reload(args) => events::reload(args, out),

@@ -4,15 +4,19 @@ use std::time::Duration;
 
 use common::ids::DeviceId;
 
+use super::refresh::{describe, subject};
 use super::{Daemon, Mode, now};
-use crate::admin::wire::{CLASSES_MAX, DeviceView, Reply, Request, Service, State, StatusView, VmView};
+use crate::admin::wire::{
+    CLASSES_MAX, DeviceView, Lasting, Reply, Request, Service, State, StatusView, VmView,
+};
 use crate::admin::{ClientId, Role};
 use crate::audit::Kind;
 use crate::broker::{self, Input};
 use crate::facts::DeviceFacts;
 use crate::inventory::Item;
+use crate::jobs::Job;
 use crate::policy::compile::CompiledPolicy;
-use crate::policy::decide::Verdict;
+use crate::policy::decide::{Context, Order, Verdict, decide};
 
 impl Daemon {
     /// Takes one request and answers it.
@@ -106,12 +110,81 @@ impl Daemon {
                 self.note(Kind::Order, None, format!("VM {vm} is {word}"), actor);
                 done(format!("VM {vm} is {word}"))
             }
-            Request::Attach { .. }
-            | Request::Detach { .. }
-            | Request::Clear { .. }
-            | Request::Orders
-            | Request::Revoke { .. } => Err("this daemon cannot do that".to_owned()),
+            Request::Attach { device, vm, lasting, steal } => {
+                let id = self.find(&device)?;
+                if let Some(holder) = self.broker.holder(id).filter(|holder| **holder != vm && !steal) {
+                    return Err(format!("VM {holder} has {device}; --steal takes it from there"));
+                }
+                let order = Order::Attach { vm, actor: actor.to_owned() };
+                self.order(id, order, lasting, actor).map(Some)
+            }
+            Request::Detach { device, lasting } => {
+                let id = self.find(&device)?;
+                self.order(id, Order::Keep { actor: actor.to_owned() }, lasting, actor).map(Some)
+            }
+            Request::Clear { device } => {
+                let result = match &device {
+                    Some(device) => {
+                        let id = self.find(device)?;
+                        let Some(item) = self.inventory.get(id) else {
+                            return Err("the device is gone".into());
+                        };
+                        self.orders.clear(&item.present)
+                    }
+                    None => self.orders.clear_all(),
+                };
+                let count = result.map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
+                self.judged = None;
+                let text = format!("{count} orders taken back; the policy decides");
+                self.note(Kind::Order, None, text.clone(), actor);
+                done(text)
+            }
+            Request::Orders => {
+                for view in self.orders.views() {
+                    self.admin.send(client, &Reply::Order(view));
+                }
+                done(String::new())
+            }
+            Request::Revoke { device } => {
+                let id = self.find(&device)?;
+                let Some(item) = self.inventory.get(id) else { return Err("the device is gone".into()) };
+                self.workers.start(Job::Revoke(id, Box::new(item.present.clone())));
+                let subject = subject(id, &item.present);
+                self.note(Kind::Order, Some(subject), "revoke".to_owned(), actor);
+                done(format!(
+                    "switching the port of {device} off and on; `usbpolicyctl log` tells how it went"
+                ))
+            }
         }
+    }
+
+    /// Puts an order in force, unless a guard or a deny stands above it.
+    fn order(&mut self, id: DeviceId, order: Order, lasting: Lasting, actor: &str) -> Result<String, String> {
+        let Some(item) = self.inventory.get(id) else { return Err("the device is gone".into()) };
+        let device = subject(id, &item.present);
+        let text = match &order {
+            Order::Attach { vm, .. } => {
+                let context = Context { order: Some(order.clone()), ..Context::default() };
+                let verdict = decide(&self.policy, &item.present.facts, &context);
+                if !matches!(verdict, Verdict::Assign { .. }) {
+                    return Err(format!("{} stays where it is: {}", device.name, describe(&verdict).1));
+                }
+                format!("goes to VM {vm}")
+            }
+            Order::Keep { .. } => "stays with the host".to_owned(),
+        };
+        let lasts = match lasting {
+            Lasting::Once => "this once",
+            Lasting::UntilUnplug => "until it is unplugged",
+            Lasting::Persist => "until `usbpolicyctl clear`",
+        };
+        let result = self.orders.give(&item.present, order, lasting);
+        result.map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
+        self.judged = None;
+        let text = format!("{text}, {lasts}");
+        let name = device.name.clone();
+        self.note(Kind::Order, Some(device), text.clone(), actor);
+        Ok(format!("{name} {text}"))
     }
 
     /// The one device that a text means.
@@ -146,6 +219,10 @@ impl Daemon {
                 self.broker.state(now, id).map_or(State::Starting, |state| state_view(state, item, now));
             let mut view = device_view(&item.present.facts, &self.policy, item.verdict.clone(), state);
             view.id = Some(id);
+            view.order = self.orders.of(&item.present).map(|order| match order {
+                Order::Attach { vm, actor } => format!("to {vm}, by {actor}"),
+                Order::Keep { actor } => format!("kept on the host, by {actor}"),
+            });
             view
         };
         self.inventory.iter().map(view).collect()

@@ -115,6 +115,16 @@ impl Daemon {
     pub(super) fn finish_jobs(&mut self) {
         for done in self.workers.finished() {
             let input = match done {
+                Done::Revoked(id, result) => {
+                    let device = self.inventory.get(id).map(|item| subject(id, &item.present));
+                    let text = match result {
+                        Ok(()) => "its port was switched off and on".to_owned(),
+                        Err(error) => Failure::from(&error).text,
+                    };
+                    self.note(Kind::Revoked, device, text, "policy");
+                    self.resync_soon();
+                    continue;
+                }
                 Done::Prepared(id, Ok(ready)) => {
                     for (interface, driver) in &ready.drivers {
                         tracing::debug!(%id, interface, driver, "host driver detached");
@@ -146,6 +156,11 @@ impl Daemon {
                 if let Some(gift) = self.gifts.remove(&id) {
                     self.inventory.left(now(), &gift.connector, &gift.vm, &gift.rule);
                 }
+                if let Some(item) = self.inventory.get(id)
+                    && let Err(error) = self.orders.left(&item.present.plug)
+                {
+                    tracing::error!("{:#}", anyhow::Error::from(error));
+                }
                 (id, Some(vm), Kind::Detached, why.text().to_owned(), "policy")
             }
             Event::Failed(id, vm, text, pause) => {
@@ -153,6 +168,11 @@ impl Daemon {
                 (id, Some(vm), Kind::Failed, text, "policy")
             }
             Event::Stuck(id, vm) => {
+                if self.policy.revoke.hard
+                    && let Some(item) = self.inventory.get(id)
+                {
+                    self.workers.start(Job::Revoke(id, Box::new(item.present.clone())));
+                }
                 let text = format!("usbvfiod does not let go of it; end usbvfiod@{vm}, or pull the device");
                 (id, Some(vm), Kind::Stuck, text, "usbvfiod")
             }

@@ -9,6 +9,7 @@ use common::ids::DeviceId;
 use super::{Circumstances, Daemon, Mode, SAFETY_INTERVAL, now};
 use crate::audit::{Kind, Note, Subject};
 use crate::broker::Input;
+use crate::inventory::Item;
 use crate::policy::compile::compile;
 use crate::policy::decide::{Context, Verdict};
 use crate::policy::load::{Layer, load};
@@ -37,6 +38,9 @@ impl Daemon {
             self.inventory.iter().map(|(id, item)| (id, subject(id, &item.present))).collect();
         let other_ports = scan.topology != *self.inventory.topology();
         self.inventory.take(now, scan, keyboards);
+        if let Err(error) = self.orders.tidy(self.inventory.iter().map(|(_, item)| &item.present)) {
+            tracing::error!("{:#}", anyhow::Error::from(error));
+        }
         if other_ports {
             self.compile_policy();
         }
@@ -61,8 +65,10 @@ impl Daemon {
         let circumstances = self.circumstances();
         let holders: BTreeMap<_, _> = circumstances.holders.iter().cloned().collect();
         let up = &circumstances.up;
-        let context = |id: DeviceId, _: &_| Context {
+        let orders = &self.orders;
+        let context = |id: DeviceId, item: &Item| Context {
             holder: holders.get(&id).cloned(),
+            order: orders.of(&item.present).cloned(),
             up: up.clone(),
             ..Context::default()
         };
