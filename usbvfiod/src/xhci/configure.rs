@@ -17,8 +17,8 @@ use super::slot::{Endpoint, Slot};
 use super::trb::CompletionCode;
 use crate::urb::{DeviceOp, Effect};
 
-/// Longest service interval: 2^15 × 125 µs (§6.2.3.6).
-const INTERVAL_MAX: u8 = 15;
+/// Longest service interval: 2^18 × 125 µs, full-speed isochronous (Table 6-12).
+pub(super) const INTERVAL_MAX: u8 = 18;
 /// Largest packet of any endpoint (USB 3.2 §9.6.6).
 const MAX_PACKET: u16 = 1024;
 

@@ -70,13 +70,7 @@ impl Controller {
                 self.device_left(io, slot);
             }
         }
-        for operation in &mut self.operations {
-            if operation.device == device
-                && !matches!(operation.purpose, Purpose::Command | Purpose::Control(_))
-            {
-                operation.purpose = Purpose::Nothing;
-            }
-        }
+        self.operations.retain(|operation| operation.device != device);
         self.ports[index].detach();
         self.port_changed(io, PortNumber::from_index(index));
     }
@@ -147,10 +141,9 @@ impl Controller {
         let Some(device) = &mut self.ports[index].device else { return };
         let is_real = match device.options.reset {
             ResetPolicy::Never => false,
-            ResetPolicy::FirstFree => device.was_reset,
+            ResetPolicy::FirstFree => device.touched,
             ResetPolicy::Always => true,
         };
-        device.was_reset = true;
         let handle = device.handle;
         if is_real {
             let purpose = Purpose::Port(port, kind);

@@ -9,8 +9,9 @@ use super::GuestMem;
 use super::context::EndpointState;
 use super::controller::{Controller, Io};
 use super::slot::{Endpoint, TransferRing};
+use super::start::TRBS_PER_KICK;
 use super::td::{Ended, Flight, Item, Outcome, Parsed, Parser};
-use super::transfer::TRBS_PER_KICK;
+
 use super::trb::{CompletionCode, Trb};
 use crate::urb::{Effect, PacketResult, Payload, Segment, TransferKind, UrbRequest, UrbStatus};
 

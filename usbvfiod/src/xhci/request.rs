@@ -86,7 +86,8 @@ impl Controller {
         let Some(device) = self.slot_device(slot) else {
             return fail(flight, UrbStatus::Gone);
         };
-        device.touched = true;
+        let only_reads = endpoint.kind == EndpointKind::Control && setup[0] & 0xe0 == 0x80;
+        device.touched |= !only_reads;
         let handle = device.handle;
         let kind = match endpoint.kind {
             EndpointKind::Control => {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use zerocopy::IntoBytes;
 
+use super::configure::INTERVAL_MAX;
 use super::context::{
     CONTEXT_BYTES, Dci, EndpointContext, EndpointKind, EndpointState, SlotContext, SlotState,
 };
@@ -173,7 +174,7 @@ impl Endpoint {
 
     /// Service interval (§6.2.3.6).
     pub(super) fn interval(&self) -> Duration {
-        Duration::from_micros(125 << u32::from(self.context.dword0().interval()).min(15))
+        Duration::from_micros(125 << self.context.dword0().interval().min(INTERVAL_MAX))
     }
 
     pub(super) fn rings_mut(&mut self) -> impl Iterator<Item = &mut TransferRing> {

@@ -6,6 +6,7 @@ use common::ids::Speed;
 
 use super::super::fixture::{BEI, DATA, Guest, IOC, ISP, command_trb, normal};
 use super::super::regs::OPERATIONAL;
+use super::super::{AttachOptions, PortNumber, ResetPolicy};
 use crate::urb::{DeviceOp, OpError, UrbStatus};
 
 const SUCCESS: u8 = 1;
@@ -15,6 +16,7 @@ const CONTEXT_STATE: u8 = 19;
 
 const RESET_ENDPOINT: u32 = 14;
 const STOP_ENDPOINT: u32 = 15;
+const RESET_DEVICE: u32 = 17;
 const SET_TR_DEQUEUE: u32 = 16;
 
 #[test]
@@ -119,12 +121,46 @@ fn unplugged_device_is_told_and_its_transfers_are_given_up() {
     assert_eq!(guest.slot_command(10, slot, 0, 0), SUCCESS);
 }
 
+/// A device that the guest has used, and its port.
+fn used_device(guest: &mut Guest) -> PortNumber {
+    let (device, slot) = guest.bulk();
+    guest.normal(slot, 4, DATA, 8);
+    let request = guest.request();
+    guest.complete(request.id, UrbStatus::Completed, 8);
+    guest.events();
+    guest.controller.port_of(device).unwrap()
+}
+
 #[test]
-fn second_port_reset_is_a_real_one() {
+fn resets_while_descriptors_are_read_are_free() {
     let mut guest = Guest::new();
     let (_, port) = guest.plug(Speed::High);
     guest.reset_port(port);
+    let slot = guest.address(port);
+    guest.control(slot, [0x80, 6, 0, 1, 0, 0, 64, 0], DATA);
+    let request = guest.request();
+    guest.complete(request.id, UrbStatus::Completed, 18);
+    guest.reset_port(port);
     assert!(guest.operations().is_empty());
+}
+
+#[test]
+fn reset_of_a_device_that_does_not_answer_is_a_real_one() {
+    let mut guest = Guest::new();
+    let (_, port) = guest.plug(Speed::High);
+    guest.reset_port(port);
+    let slot = guest.address(port);
+    guest.control(slot, [0x80, 6, 0, 1, 0, 0, 64, 0], DATA);
+    let request = guest.request();
+    guest.complete(request.id, UrbStatus::TransactionError, 0);
+    guest.reset_port(port);
+    assert_eq!(guest.operation().1, DeviceOp::Reset);
+}
+
+#[test]
+fn reset_of_a_used_device_is_a_real_one() {
+    let mut guest = Guest::new();
+    let port = used_device(&mut guest);
     guest.write32(Guest::portsc(port), 1 << 9 | 1 << 4);
     assert_eq!(guest.read32(Guest::portsc(port)) >> 4 & 1, 1, "PR stays set");
     let (id, op) = guest.operation();
@@ -135,10 +171,19 @@ fn second_port_reset_is_a_real_one() {
 }
 
 #[test]
+fn reset_policies_never_and_always_are_kept() {
+    let mut guest = Guest::new();
+    for (reset, expected) in [(ResetPolicy::Never, 0), (ResetPolicy::Always, 1)] {
+        let (_, port) = guest.plug_with(Speed::High, AttachOptions { reset, ..AttachOptions::default() });
+        guest.reset_port(port);
+        assert_eq!(guest.operations().len(), expected, "{reset:?}");
+    }
+}
+
+#[test]
 fn port_reset_the_device_does_not_answer_ends_disabled() {
     let mut guest = Guest::new();
-    let (_, port) = guest.plug(Speed::High);
-    guest.reset_port(port);
+    let port = used_device(&mut guest);
     guest.write32(Guest::portsc(port), 1 << 9 | 1 << 4);
     let (id, _) = guest.operation();
     guest.wait(Duration::from_secs(5));
@@ -146,6 +191,29 @@ fn port_reset_the_device_does_not_answer_ends_disabled() {
     assert_eq!((status >> 4 & 1, status >> 1 & 1, status >> 21 & 1), (0, 0, 1));
     guest.operation_done(id, Err(OpError::Failed));
     assert_eq!(guest.read32(Guest::portsc(port)), status);
+}
+
+#[test]
+fn reset_device_without_a_port_reset_is_a_real_one_and_answered_in_time() {
+    let mut guest = Guest::new();
+    let (_, slot) = guest.bulk();
+    guest.normal(slot, 4, DATA, 8);
+    let request = guest.request();
+    let at = guest.post_command(command_trb(RESET_DEVICE, slot, 0, 0));
+    let (id, op) = guest.operation();
+    assert_eq!((op, guest.answer(at)), (DeviceOp::Reset, None));
+    guest.complete(request.id, UrbStatus::Cancelled, 0);
+    guest.operation_done(id, Ok(()));
+    assert_eq!(guest.answer(at), Some((SUCCESS, slot)));
+    assert_eq!(guest.slot(slot), (1, 0));
+    assert_eq!(guest.endpoint(slot, 4).0, 0);
+
+    let input = guest.address_input(slot, 1);
+    assert_eq!(guest.slot_command(11, slot, 0, input), SUCCESS);
+    guest.control(slot, [0x21, 9, 0, 2, 0, 0, 0, 0], 0);
+    let at = guest.post_command(command_trb(RESET_DEVICE, slot, 0, 0));
+    guest.wait(Duration::from_secs(4));
+    assert_eq!(guest.answer(at), Some((TRANSACTION, slot)));
 }
 
 #[test]
