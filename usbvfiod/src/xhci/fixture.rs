@@ -365,6 +365,30 @@ impl Guest {
         (device, slot)
     }
 
+    /// A SuperSpeed device whose bulk IN endpoint (DCI 3) has stream ids up to 31, the first 15 with a ring. The
+    /// operation that allocates them on the host is answered.
+    pub(super) fn streams(&mut self) -> (DeviceHandle, u8) {
+        let (device, slot) = self.enumerate(Speed::Super);
+        let input = self.configure_input(slot, &[(3, 6, 1024, 4 << 10 | 1 << 15)]);
+        let array = self.new_ring(slot, 3, 0);
+        self.mem.put(input + 0x88, &array.to_le_bytes());
+        for stream in 1..16 {
+            let ring = self.new_ring(slot, 3, stream);
+            self.mem.put(array + u64::from(stream) * 16, &(ring | 2 | 1).to_le_bytes());
+        }
+        let at = self.post_command(command_trb(12, slot, 0, input));
+        let (id, op) = self.operation();
+        assert_eq!(op, DeviceOp::AllocStreams { endpoints: vec![0x81], streams: 31 });
+        self.operation_done(id, Ok(()));
+        assert_eq!(self.answer(at), Some((1, slot)));
+        self.effects.clear();
+        (device, slot)
+    }
+
+    pub(super) fn ring_stream(&mut self, slot: u8, dci: u8, stream: u16) {
+        self.write32(DOORBELLS + u64::from(slot) * 4, u32::from(dci) | u32::from(stream) << 16);
+    }
+
     /// A high-speed device with bulk OUT (DCI 4) and bulk IN (DCI 3).
     pub(super) fn bulk(&mut self) -> (DeviceHandle, u8) {
         self.configured(Speed::High, &[(4, 2, 512, 0), (3, 6, 512, 0)])

@@ -1,5 +1,15 @@
 //! The controller as a guest driver sees it, with devices that answer when a test says so.
 
 mod bulk_model;
+mod commands;
+mod control;
 mod flow;
+mod hostile;
+mod registers;
+mod rings;
 mod transfers;
+
+/// Cases of a property test; `PROPTEST_CASES` overrides it for a long run.
+fn cases(default: u32) -> u32 {
+    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(default)
+}

@@ -338,7 +338,7 @@ impl Model {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: super::cases(200), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn each_td_of_a_bulk_ring_has_one_outcome_in_order(steps in steps()) {
