@@ -64,7 +64,7 @@ impl Td {
     /// A transfer came back cancelled that had moved this much.
     fn move_on(&mut self, actual: u32) {
         self.moved += actual;
-        self.ended = actual % 512 != 0 || self.is_full();
+        self.ended = !actual.is_multiple_of(512) || self.is_full();
     }
 
     /// The TRB in which byte `moved` lies, and its residue; the last when all were moved.
@@ -261,7 +261,7 @@ impl Model {
             if *index == self.head {
                 actual = (u64::from(request.len) * u64::from(permille) / 1000) as u32;
                 self.tds[self.head].move_on(actual);
-                is_short = actual % 512 != 0 && !self.tds[self.head].is_full();
+                is_short = !actual.is_multiple_of(512) && !self.tds[self.head].is_full();
             }
             self.guest.complete(request.id, UrbStatus::Cancelled, actual);
         }

@@ -128,7 +128,7 @@ fn address_device_checks_its_input_context() {
         assert_eq!(guest.slot_command(ADDRESS_DEVICE, slot, 0, input), code, "{offset:#x} {value:#x}");
         assert_eq!(guest.slot(slot), (0, 0));
     }
-    for input in [1 << 40, u64::MAX & !0xf] {
+    for input in [1 << 40, !0xf] {
         assert_eq!(guest.slot_command(ADDRESS_DEVICE, slot, 0, input), TRB);
     }
 }
