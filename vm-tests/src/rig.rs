@@ -15,7 +15,7 @@ use usbvfiod::urb::{
     DeviceHandle, DeviceOp, DmaFault, Effect, GuestMem, OpError, OpId, Payload, Segment, TransferId,
     TransferKind, UrbCompletion, UrbRequest, UrbStatus,
 };
-use usbvfiod::usb::{DeviceEvent, DeviceInfo, DeviceSet, Handover, Lanes, Limits};
+use usbvfiod::usb::{DeviceEvent, DeviceInfo, DeviceSet, Handover, Lanes, Limits, Refused};
 
 /// Nothing here takes longer, but what is meant to.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -60,14 +60,12 @@ impl GuestMem for Memory {
     }
 }
 
-/// One attached device.
+/// A controller's place with the devices attached to it.
 pub struct Rig {
     /// The guest's memory.
     pub memory: Memory,
     /// The transport.
     pub set: DeviceSet,
-    /// What the transport found out about the device.
-    pub info: DeviceInfo,
     device: DeviceHandle,
     epoll: Epoll,
     next_id: u64,
@@ -75,13 +73,15 @@ pub struct Rig {
     /// Ids in order of completion.
     pub order: Vec<TransferId>,
     operated: BTreeMap<OpId, Result<(), OpError>>,
+    attached: BTreeMap<DeviceHandle, DeviceInfo>,
+    refused: Option<Refused>,
     /// Whether the transport said that the device is gone.
     pub gone: bool,
     detached: bool,
 }
 
-const DEVICE_READY: u64 = 0;
-const LANE_READY: u64 = 1;
+/// In the epoll set; devices are there by their handles.
+const LANE_READY: u64 = u64::MAX;
 
 /// Opens the node of a device by its name in sysfs (`2-1`).
 pub fn open_node(name: &str) -> Result<(OwnedFd, Handover)> {
@@ -109,45 +109,50 @@ fn limits() -> Result<Limits> {
 impl Rig {
     /// Attaches a device of the host with this much guest memory.
     pub fn attach(name: &str, memory_len: usize) -> Result<Self> {
-        let (fd, handover) = open_node(name)?;
-        let device = DeviceHandle(1);
-        let mut set = DeviceSet::new(Lanes::start(2)?, limits()?);
+        let set = DeviceSet::new(Lanes::start(2)?, limits()?);
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(set.lane_fd(), EpollEvent::new(EpollFlags::EPOLLIN, LANE_READY))?;
-        set.attach(device, fd, handover);
-        let memory = Memory::new(memory_len);
-        let mut info = None;
-        let mut refused = None;
-        let deadline = Instant::now() + PATIENCE;
-        while info.is_none() && refused.is_none() {
-            ensure!(Instant::now() < deadline, "not attached within {PATIENCE:?}");
-            let mut events = [EpollEvent::empty()];
-            epoll.wait(&mut events, EpollTimeout::from(1000_u16))?;
-            set.on_lane_ready(Instant::now(), &memory, |event| match event {
-                DeviceEvent::Attached { info: found, .. } => info = Some(found),
-                DeviceEvent::Refused { reason, .. } => refused = Some(reason),
-                _ => {}
-            });
-        }
-        if let Some(reason) = refused {
-            return Err(reason.into());
-        }
-        let info = info.context("attached")?;
-        let fd = set.fd(device).context("an attached device has a file")?;
-        epoll.add(fd, EpollEvent::new(DeviceSet::INTEREST, DEVICE_READY))?;
-        Ok(Self {
-            memory,
+        let mut rig = Self {
+            memory: Memory::new(memory_len),
             set,
-            info,
-            device,
+            device: DeviceHandle(0),
             epoll,
             next_id: 1,
             completed: BTreeMap::new(),
             order: Vec::new(),
             operated: BTreeMap::new(),
+            attached: BTreeMap::new(),
+            refused: None,
             gone: false,
             detached: false,
-        })
+        };
+        rig.attach_another(name)?;
+        Ok(rig)
+    }
+
+    /// Attaches one more device. What follows goes to this one; see [`Self::select`].
+    pub fn attach_another(&mut self, name: &str) -> Result<DeviceHandle> {
+        let (fd, handover) = open_node(name)?;
+        let device = DeviceHandle(self.device.0 + 1);
+        self.set.attach(device, fd, handover);
+        self.turn_until(|rig| rig.attached.contains_key(&device) || rig.refused.is_some())?;
+        if let Some(reason) = self.refused.take() {
+            return Err(reason.into());
+        }
+        let fd = self.set.fd(device).context("an attached device has a file")?;
+        self.epoll.add(fd, EpollEvent::new(DeviceSet::INTEREST, device.0.into()))?;
+        self.device = device;
+        Ok(device)
+    }
+
+    /// Chooses the device for what follows.
+    pub fn select(&mut self, device: DeviceHandle) {
+        self.device = device;
+    }
+
+    /// What the transport found out about the chosen device.
+    pub fn info(&self) -> Result<&DeviceInfo> {
+        self.attached.get(&self.device).context("attached")
     }
 
     /// Hands an effect to the transport.
@@ -182,6 +187,13 @@ impl Rig {
     /// Cancels transfers.
     pub fn cancel(&mut self, ids: &[TransferId]) {
         self.perform(Effect::Cancel { device: self.device, ids: ids.to_vec() });
+    }
+
+    /// The client is gone: everything ends.
+    pub fn quiesce(&mut self) {
+        let mut events = Vec::new();
+        self.set.quiesce_all(|event| events.push(event));
+        self.note(events);
     }
 
     /// Waits for a transfer's outcome.
@@ -260,7 +272,10 @@ impl Rig {
             let sink = |event| events.push(event);
             match event.data() {
                 LANE_READY => self.set.on_lane_ready(now, &self.memory, sink),
-                _ => self.set.on_device_ready(self.device, event.events(), now, &self.memory, sink),
+                device => {
+                    let device = DeviceHandle(u32::try_from(device)?);
+                    self.set.on_device_ready(device, event.events(), now, &self.memory, sink);
+                }
             }
         }
         self.set.on_deadline(now, &self.memory, |event| events.push(event));
@@ -282,7 +297,8 @@ impl Rig {
                 }
                 DeviceEvent::Gone { .. } => self.gone = true,
                 DeviceEvent::Detached { .. } => self.detached = true,
-                DeviceEvent::Attached { .. } | DeviceEvent::Refused { .. } => {}
+                DeviceEvent::Attached { device, info } => drop(self.attached.insert(device, info)),
+                DeviceEvent::Refused { reason, .. } => self.refused = Some(reason),
             }
         }
     }

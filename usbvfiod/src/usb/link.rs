@@ -209,14 +209,14 @@ impl Link {
         Ok(())
     }
 
-    /// Takes every interface of the active configuration. Those from 64 on the kernel cannot claim: left out.
+    /// Takes every interface of the active configuration. Those that the kernel cannot claim (it knows 32 at most) are
+    /// left out: their endpoints will not work.
     fn claim_all(&mut self) -> Result<(), (u8, Errno)> {
         let Some(configuration) = self.descriptors.configuration(self.configuration) else { return Ok(()) };
         let file = self.urbs.file();
         let mut first_error = Ok(());
         for interface in configuration.interfaces() {
             if interface >= INTERFACES_MAX {
-                warn!(interface, "interface number cannot be claimed, its endpoints will not work");
                 continue;
             }
             let claimed = match file.claim_interface(interface) {
@@ -225,6 +225,9 @@ impl Link {
             };
             match claimed {
                 Ok(()) => self.claimed |= 1 << interface,
+                Err(Errno::ENOENT | Errno::EINVAL) => {
+                    warn!(interface, "the kernel does not know this interface")
+                }
                 Err(errno) => first_error = first_error.and(Err((interface, errno))),
             }
         }

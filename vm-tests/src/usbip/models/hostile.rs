@@ -35,6 +35,8 @@ pub enum Lie {
     Superspeed,
     /// bNumConfigurations 8 with one configuration to be had.
     MissingConfigurations,
+    /// Storage that says it has UAS besides bulk-only, but has no streams.
+    UasChoice,
 }
 
 /// What it does to transfers.
@@ -158,6 +160,13 @@ fn settings(speed: Speed, lie: Lie) -> Vec<Setting> {
             let slow = Endpoint::interrupt(0x84, 0x1fff, 255);
             vec![Setting::vendor(0, 0, &[&bulk[..], &odd, &[slow]].concat()), Setting::vendor(0, 0, &bulk)]
         }
+        Lie::UasChoice => {
+            let pipes = [0x01, 0x82, 0x83, 0x04].map(|address| Endpoint::bulk(address, speed));
+            vec![
+                Setting { class: [8, 6, 0x50], ..Setting::vendor(0, 0, &bulk) },
+                Setting { class: [8, 6, 0x62], ..Setting::vendor(0, 1, &pipes) },
+            ]
+        }
         _ => vec![Setting::vendor(0, 0, &bulk)],
     }
 }
@@ -165,7 +174,7 @@ fn settings(speed: Speed, lie: Lie) -> Vec<Setting> {
 fn distort(mut image: Image, lie: Lie) -> Image {
     let bytes = &mut image.configurations[0];
     match lie {
-        Lie::None | Lie::Interfaces255 | Lie::Endpoints => {}
+        Lie::None | Lie::Interfaces255 | Lie::Endpoints | Lie::UasChoice => {}
         Lie::TotalLengthHuge => bytes[2..4].copy_from_slice(&[0xff, 0xff]),
         Lie::TotalLengthSmall => bytes[2..4].copy_from_slice(&[9 + 9 + 3, 0]),
         Lie::LengthZero => insert(bytes, &[0, 4, 0, 0]),

@@ -1,6 +1,8 @@
 //! `usb-transport CHECK DEVICE`: one behaviour of usbvfiod's transport on a real device (`2-1`) of this machine. Prints
 //! what it saw; fails with what it did not expect. `tests/usb_transport.rs` runs it in the host under test.
 
+mod scripted;
+
 use std::io::Write;
 use std::time::{Duration, Instant};
 
@@ -12,7 +14,7 @@ use vm_tests::rig::{BULK_IN, BULK_OUT, CBW_AT, CSW_AT, DATA_AT, Rig, Stick, bulk
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let (Some(check), Some(device)) = (arguments.next(), arguments.next()) else {
-        bail!("usage: usb-transport CHECK DEVICE")
+        bail!("usage: usb-transport CHECK DEVICE, or: usb-transport scripted CHECK")
     };
     match check.as_str() {
         "short-in" => short_in(&device),
@@ -24,6 +26,7 @@ fn main() -> Result<()> {
         "unplug" => unplug(&device),
         "claims" => claims(&device),
         "control" => control(&device),
+        "scripted" => scripted::check(&device),
         other => bail!("no check is called {other}"),
     }
 }
@@ -31,7 +34,7 @@ fn main() -> Result<()> {
 /// An IN transfer of any length ends with what came, and what did not come stays as it was in memory.
 fn short_in(device: &str) -> Result<()> {
     let mut stick = Stick::attach(device, 4096)?;
-    println!("{:?}", stick.rig.info);
+    println!("{:?}", stick.rig.info()?);
     stick.rig.memory.put(DATA_AT, &[0xee; 255]);
     ensure!(stick.inquiry(36)? == 36);
     ensure!(&stick.rig.memory.get(DATA_AT, 16)[8..12] == b"QEMU");
@@ -111,7 +114,7 @@ fn stall(device: &str) -> Result<()> {
 /// A keyboard nobody touches: a transfer stays until it is cancelled, however many wait.
 fn cancel(device: &str) -> Result<()> {
     let mut rig = Rig::attach(device, 4096)?;
-    println!("{:?}", rig.info);
+    println!("{:?}", rig.info()?);
     let get_report = [0xa1, 1, 0, 1, 0, 0, 8, 0];
     for _ in 0..50 {
         let ids: Vec<_> = (0..3).map(|_| rig.submit(0x81, TransferKind::Interrupt, 64, 8)).collect();
