@@ -30,7 +30,7 @@ pub struct Cli {
     #[arg(long, value_name = "DIR", default_value = "/var/lib/usbpolicyd")]
     pub order_dir: PathBuf,
 
-    /// Socket for usbpolicyctl; made here with mode 0660
+    /// Socket for usbpolicyctl; everybody may connect, groups decide what they may do
     #[arg(long, value_name = "PATH", default_value = "/run/usbpolicyd/admin.sock")]
     pub admin_socket: PathBuf,
 

@@ -332,7 +332,7 @@ fn dial_problem(path: &Path, error: &ChannelError) -> Problem {
         io::ErrorKind::PermissionDenied => Problem {
             text: format!(
                 "no right to connect to {path}: the socket needs group usbpolicyd and mode 0660 \
-                 (SupplementaryGroups=usbpolicyd in usbvfiod@.service), its directory mode 0755"
+                 (Group=usbpolicyd in usbvfiod@.service), its directory the same group or mode 0755"
             ),
             is_down: false,
             retry: true,
