@@ -17,7 +17,7 @@ for program in usbpolicyd usbpolicyctl usbvfiod; do
     fi
 done
 if [ ! -x "$target/packaging" ]; then
-    echo "install.sh: $target/packaging (writes the completions) is missing; run: cargo build --release --locked" >&2
+    echo "install.sh: $target/packaging (writes man pages and completions) is missing; run: cargo build --release --locked" >&2
     exit 1
 fi
 
@@ -38,22 +38,21 @@ put 644 "$here/sysusers.d/usbpolicyd.conf" /usr/lib/sysusers.d
 put 644 "$here/tmpfiles.d/usbpolicyd.conf" /usr/lib/tmpfiles.d
 put 644 "$here/udev/70-usbpolicyd.rules" /usr/lib/udev/rules.d
 put 644 "$here/vfio-user/50-usbvfiod.json" /usr/share/vfio-user
-for page in "$here"/man/*.[1-9]; do
+made=$(mktemp -d)
+trap 'rm -r "$made"' EXIT
+"$target/packaging" "$made"
+for page in "$made"/man/*; do
     section=${page##*.}
     put 644 "$page" "/usr/share/man/man$section"
     gzip -9nf "$destination/usr/share/man/man$section/$(basename "$page")"
 done
-
-completions=$(mktemp -d)
-trap 'rm -r "$completions"' EXIT
-"$target/packaging" "$completions"
-for file in "$completions"/bash/*.bash; do
+for file in "$made"/bash/*.bash; do
     install -D -m 644 "$file" "$destination/usr/share/bash-completion/completions/$(basename "$file" .bash)"
 done
-for file in "$completions"/zsh/*; do
+for file in "$made"/zsh/*; do
     put 644 "$file" /usr/share/zsh/vendor-completions
 done
-for file in "$completions"/fish/*; do
+for file in "$made"/fish/*; do
     put 644 "$file" /usr/share/fish/vendor_completions.d
 done
 install -d -m 755 "$destination/etc/usbpolicyd/policy.d" "$destination/usr/lib/usbpolicyd/policy.d"

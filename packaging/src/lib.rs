@@ -2,6 +2,8 @@
 //!
 //! Nothing here is part of a daemon; the files that are installed lie beside this crate.
 
+pub mod manual;
+
 use clap::{Command, CommandFactory};
 
 /// The command line of each program that is installed, with the section of its man page.
