@@ -37,6 +37,7 @@ done
 put 644 "$here/sysusers.d/usbpolicyd.conf" /usr/lib/sysusers.d
 put 644 "$here/tmpfiles.d/usbpolicyd.conf" /usr/lib/tmpfiles.d
 put 644 "$here/udev/70-usbpolicyd.rules" /usr/lib/udev/rules.d
+put 644 "$here/../docs/user/policy.schema.json" /usr/share/usbpolicyd
 put 644 "$here/vfio-user/50-usbvfiod.json" /usr/share/vfio-user
 made=$(mktemp -d)
 trap 'rm -r "$made"' EXIT

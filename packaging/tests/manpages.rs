@@ -1,5 +1,7 @@
 //! The man pages say what the programs do: each option, verb, key and word is in its page, and none that is gone.
 
+#![expect(clippy::unwrap_used, reason = "a test says by its panic what went wrong")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
