@@ -1,5 +1,7 @@
 //! The documents say what is: tests and files they name exist, messages they quote are the programs' own.
 
+#![expect(clippy::unwrap_used, reason = "a test says by its panic what went wrong")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
