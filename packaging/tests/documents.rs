@@ -75,8 +75,7 @@ fn tests_and_files_that_the_threat_model_names_exist() {
 /// Sources with the string literals that go over several lines joined as the compiler does.
 fn with_joined_literals(sources: &str) -> String {
     let mut joined = String::with_capacity(sources.len());
-    let mut lines = sources.lines().peekable();
-    while let Some(line) = lines.next() {
+    for line in sources.lines() {
         let line = if joined.ends_with('\u{1}') {
             joined.pop();
             line.trim_start()
