@@ -64,7 +64,7 @@ impl Daemon {
                     self.drop_client("it broke the protocol while negotiating");
                     return Ok(());
                 }
-                (Ok(Received::Nothing), Ok(())) => break,
+                (Ok(Received::Nothing | Received::Last), Ok(())) => break,
                 (Ok(Received::Bytes), Ok(())) => {}
             }
         }

@@ -5,7 +5,7 @@
 //! # use usbvfiod::vfio_user::{message::Region, session::{Layout, Request, Session}, transport::{Connection, Received}};
 //! # fn on_client_ready(connection: &mut Connection, session: &mut Session) -> std::io::Result<bool> {
 //! if connection.receive(session)? == Received::EndOfStream {
-//!     return Ok(false); // drop both, unmap everything, forget the event fds, keep the device
+//!     return Ok(false); // drop both, unmap everything, forget the event fds, reset, keep the devices
 //! }
 //! while let Some(request) = session.next_request() {
 //!     match request {

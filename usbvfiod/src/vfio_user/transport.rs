@@ -168,8 +168,10 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ListenError
 /// What came of [`Connection::receive`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Received {
-    /// Some bytes.
+    /// Some bytes, and perhaps there are more.
     Bytes,
+    /// Some bytes, and that was all at that moment: no need to ask again before epoll says so.
+    Last,
     /// Nothing is there, or the session wants nothing now.
     Nothing,
     /// The client is gone.
@@ -205,13 +207,14 @@ impl Connection {
         let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-        let received =
-            match net::recvmsg(&self.socket, &mut [IoSliceMut::new(inbox.spare())], &mut control, flags) {
-                Ok(received) => received,
-                Err(Errno::AGAIN | Errno::INTR) => return Ok(Received::Nothing),
-                Err(Errno::CONNRESET) => return Ok(Received::EndOfStream),
-                Err(errno) => return Err(errno.into()),
-            };
+        let spare = inbox.spare();
+        let room = spare.len();
+        let received = match net::recvmsg(&self.socket, &mut [IoSliceMut::new(spare)], &mut control, flags) {
+            Ok(received) => received,
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(Received::Nothing),
+            Err(Errno::CONNRESET) => return Ok(Received::EndOfStream),
+            Err(errno) => return Err(errno.into()),
+        };
         if received.bytes == 0 {
             return Ok(Received::EndOfStream);
         }
@@ -221,8 +224,10 @@ impl Connection {
                 fds.extend(rights);
             }
         }
+        // The kernel also ends a read behind descriptors.
+        let is_last = received.bytes < room && fds.is_empty();
         inbox.received(received.bytes, fds, received.flags.contains(ReturnFlags::CTRUNC));
-        Ok(Received::Bytes)
+        Ok(if is_last { Received::Last } else { Received::Bytes })
     }
 
     /// Sends what there is, one reply at a time, until all is sent or the socket is full.

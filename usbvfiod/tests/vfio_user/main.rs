@@ -2,8 +2,8 @@
 //! script of what QEMU sends (`qemu`), and by a client that does what it should not (`negotiate`, `requests`, `irqs`,
 //! `dma`, `regions`, `lifecycle`).
 //!
-//! The server is the daemon's loop around `Session` with a device of memory behind it (`server`). With
-//! `USBVFIOD_TEST_BINARY=/path/to/usbvfiod` the tests in `client` run against that program instead.
+//! The server is the daemon's loop around `Session` with a device of memory behind it (`server`). The tests in `client`
+//! run against the program as well: the one that was built, or the one that `USBVFIOD_TEST_BINARY` names.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 

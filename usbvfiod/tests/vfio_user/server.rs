@@ -171,6 +171,8 @@ fn serve(listener: &Listener, woken: &UnixStream, device: &Mutex<Device>) {
 
 fn disconnect(client: &mut Option<Client>, device: &mut Device) {
     *client = None;
+    device.registers.fill(0);
+    device.config.reset();
     device.memory.unmap(usbvfiod::vfio_user::message::DmaUnmap::All);
     device.msix.disconnect();
     device.log.push("gone".into());
@@ -241,16 +243,20 @@ pub(crate) enum Target {
 }
 
 impl Target {
-    pub(crate) fn start() -> Self {
-        let Some(program) = std::env::var_os("USBVFIOD_TEST_BINARY") else {
-            return Self::InProcess(Server::start());
-        };
+    pub(crate) fn in_process() -> Self {
+        Self::InProcess(Server::start())
+    }
+
+    /// The daemon, confined as always.
+    pub(crate) fn program() -> Self {
+        let program = std::env::var_os("USBVFIOD_TEST_BINARY");
+        let program = program.unwrap_or_else(|| env!("CARGO_BIN_EXE_usbvfiod").into());
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vfio-user.sock");
         let policy = dir.path().join("policy.sock");
         let mut command = Command::new(program);
         command.arg("--socket-path").arg(&path).arg("--policy-socket").arg(policy);
-        let child = command.spawn().unwrap();
+        let child = command.env("USBVFIOD_LOG", "warn").spawn().unwrap();
         let deadline = Instant::now() + Duration::from_secs(10);
         while !path.exists() {
             assert!(Instant::now() < deadline, "the program did not listen");
