@@ -134,7 +134,7 @@ impl PolicyLink {
         true
     }
 
-    /// Takes what has arrived, in order, at most [`MESSAGES_PER_TURN`] requests. A peer that breaks the protocol is told
+    /// Takes what has arrived, in order, at most `MESSAGES_PER_TURN` requests. A peer that breaks the protocol is told
     /// why and closed.
     pub fn receive(&mut self) -> Vec<Request> {
         let mut requests = Vec::new();

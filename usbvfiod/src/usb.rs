@@ -1,7 +1,7 @@
 //! The transport: carries out what the controller wants from the devices ([`crate::urb`]) on usbfs.
 //!
 //! [`DeviceSet`] is the door. It runs on the event loop and never waits: what can wait in the kernel goes to a lane
-//! ([`Lanes`]), together with the device's [`link::Link`], so that the loop cannot make a call on that device meanwhile. It knows
+//! ([`Lanes`]), together with the device's link, so that the loop cannot make a call on that device meanwhile. It knows
 //! nothing of registers, rings or ports, and decides nothing by policy.
 
 mod descriptors;
