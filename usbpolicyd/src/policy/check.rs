@@ -12,8 +12,11 @@ use super::overlap::{can_meet, implies};
 use super::problem::{Problem, Severity};
 use super::schema::{Mode, OnConflict};
 
-/// The most ties that are reported one by one.
+/// The most ties that are reported.
 const TIES_MAX: usize = 50;
+
+/// How often we try to show that a better claim settles a tie. After that, each possible tie is reported.
+const PROOFS_MAX: usize = 1_000_000;
 
 /// A part of a rule in which each device has the same specificity.
 pub(super) struct Piece<'p> {
@@ -82,28 +85,35 @@ fn by_specificity(condition: &Condition) -> Vec<(Specificity, Condition)> {
 /// a deny or a better claim decides.
 pub(super) fn ties(policy: &CompiledPolicy, pieces: &[Piece<'_>], problems: &mut Vec<Problem>) {
     let mut reported = BTreeSet::new();
+    let mut proofs = PROOFS_MAX;
     for (index, left) in pieces.iter().enumerate() {
         for right in pieces.iter().skip(index) {
             let pair = (left.number, right.number);
             if left.rank() != right.rank()
                 || reported.contains(&pair)
-                || !can_tie(policy, pieces, left, right)
+                || !can_tie(policy, pieces, left, right, &mut proofs)
             {
                 continue;
             }
-            reported.insert(pair);
-            if reported.len() <= TIES_MAX {
-                problems.push(tie(left, right));
+            if reported.len() == TIES_MAX {
+                let message =
+                    format!("more than {TIES_MAX} pairs of rules can tie; the others are not listed");
+                problems.push(Problem::new(Severity::Warning, "tie", message));
+                return;
             }
+            reported.insert(pair);
+            problems.push(tie(left, right));
         }
-    }
-    if reported.len() > TIES_MAX {
-        let message = format!("{} more pairs of rules can tie", reported.len() - TIES_MAX);
-        problems.push(Problem::new(Severity::Warning, "tie", message));
     }
 }
 
-fn can_tie(policy: &CompiledPolicy, pieces: &[Piece<'_>], left: &Piece<'_>, right: &Piece<'_>) -> bool {
+fn can_tie(
+    policy: &CompiledPolicy,
+    pieces: &[Piece<'_>],
+    left: &Piece<'_>,
+    right: &Piece<'_>,
+    proofs: &mut usize,
+) -> bool {
     let is_manual = |piece: &Piece<'_>| piece.rule.options.mode == Mode::Manual;
     if is_manual(left) && is_manual(right) {
         return false;
@@ -114,7 +124,10 @@ fn can_tie(policy: &CompiledPolicy, pieces: &[Piece<'_>], left: &Piece<'_>, righ
     }
     let both = [&left.clause, &right.clause];
     let settled = kept_or_denied(policy, &both).is_some()
-        || pieces.iter().any(|other| other.rank() > left.rank() && claims_all(policy, &both, other));
+        || pieces.iter().filter(|other| other.rank() > left.rank()).any(|other| {
+            *proofs = proofs.saturating_sub(1);
+            *proofs > 0 && claims_all(policy, &both, other)
+        });
     let rivals = |a: &VmName, b: &VmName| {
         a != b && !vm_denies_all(policy, a, &both) && !vm_denies_all(policy, b, &both)
     };
@@ -228,7 +241,10 @@ pub(super) fn equal_rules(pieces: &[Piece<'_>], problems: &mut Vec<Problem>) {
                 && left.rank() == right.rank()
                 && left.rule.vms == right.rule.vms
                 && left.rule.options != right.rule.options;
-            if !differ || reported.len() >= TIES_MAX || reported.contains(&pair) {
+            if reported.len() >= TIES_MAX {
+                return;
+            }
+            if !differ || reported.contains(&pair) {
                 continue;
             }
             if can_meet(&[&left.clause, &right.clause]) {

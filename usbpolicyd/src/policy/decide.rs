@@ -31,7 +31,8 @@ pub enum Order {
 }
 
 /// What else a decision depends on, besides policy and device.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Context {
     /// The VM that has the device now.
     pub holder: Option<VmName>,
