@@ -24,6 +24,8 @@ pub struct Item {
     pub present: Present,
     /// What the policy says.
     pub verdict: Verdict,
+    /// What else that depended on.
+    pub context: Context,
     /// When it was seen first.
     pub since: Duration,
     /// Plugged in and out too often: left alone until then.
@@ -96,6 +98,7 @@ impl Inventory {
         let item = Item {
             present,
             verdict: Verdict::Host,
+            context: Context::default(),
             since: now,
             calm_at: None,
             was_busy: false,
@@ -159,6 +162,7 @@ impl Inventory {
                 on_release: on_release.into(),
                 recalled: item.recalled.clone(),
             });
+            item.context = context;
             if verdict != item.verdict {
                 item.verdict = verdict;
                 changed.push(*id);

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit;
 use crate::facts::{ClassTriple, HostUse};
-use crate::policy::decide::Verdict;
+use crate::policy::decide::{Context, Verdict};
 
 /// Version of all JSON that `usbpolicyctl` prints. New members may come; none changes its meaning within a version.
 pub const JSON_VERSION: u32 = 1;
@@ -13,6 +13,8 @@ pub const JSON_VERSION: u32 = 1;
 pub const PACKET_MAX: usize = 64 * 1024;
 /// Most different interface classes that are shown of one device.
 pub const CLASSES_MAX: usize = 64;
+/// Most connected VMs that are told with one device.
+pub const UP_MAX: usize = 256;
 
 /// How long an operator's order lasts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -214,6 +216,9 @@ pub struct DeviceView {
     pub decision: Verdict,
     /// Where it is.
     pub state: State,
+    /// What else the decision depended on; of the VMs that are up, [`UP_MAX`] at most.
+    #[serde(default)]
+    pub context: Context,
     /// An operator's order for it, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order: Option<String>,

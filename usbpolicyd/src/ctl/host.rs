@@ -6,11 +6,11 @@ use std::io::{self, Read};
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
-use common::ids::{BusAddress, VendorProduct, VmName};
+use common::ids::{BusAddress, VendorProduct};
 
 use super::online::Socket;
 use super::text::{self, escaped};
-use crate::admin::wire::{Reply, Request, State};
+use crate::admin::wire::{Reply, Request};
 use crate::facts::{DeviceFacts, SNAPSHOT_VERSION, Snapshot};
 use crate::policy::compile::{CompiledPolicy, compile};
 use crate::policy::decide::Context;
@@ -78,8 +78,7 @@ impl MaybeLive {
                     let device = snapshot.devices.iter_mut().find(|one| one.sys_name == view.name);
                     let Some(device) = device.filter(|one| one.address == view.address) else { continue };
                     device.host_use = view.host_use;
-                    let context = Context { holder: holder(&view.state).cloned(), ..Context::default() };
-                    contexts.insert(view.name, context);
+                    contexts.insert(view.name, view.context);
                 }
             }
             Err(error) => {
@@ -90,17 +89,6 @@ impl MaybeLive {
             }
         }
         Ok(Host { snapshot, contexts })
-    }
-}
-
-/// The VM that has a device.
-fn holder(state: &State) -> Option<&VmName> {
-    match state {
-        State::Attached { vm, .. }
-        | State::Attaching { vm }
-        | State::Detaching { vm }
-        | State::Stuck { vm } => Some(vm),
-        _ => None,
     }
 }
 

@@ -7,7 +7,7 @@ use common::ids::DeviceId;
 use super::refresh::{describe, subject};
 use super::{Daemon, Mode, now};
 use crate::admin::wire::{
-    CLASSES_MAX, DeviceView, Lasting, Reply, Request, Service, State, StatusView, VmView,
+    CLASSES_MAX, DeviceView, Lasting, Reply, Request, Service, State, StatusView, UP_MAX, VmView,
 };
 use crate::admin::{ClientId, Role};
 use crate::audit::Kind;
@@ -219,6 +219,8 @@ impl Daemon {
                 self.broker.state(now, id).map_or(State::Starting, |state| state_view(state, item, now));
             let mut view = device_view(&item.present.facts, &self.policy, item.verdict.clone(), state);
             view.id = Some(id);
+            view.context = item.context.clone();
+            view.context.up.truncate(UP_MAX);
             view.order = self.orders.of(&item.present).map(|order| match order {
                 Order::Attach { vm, actor } => format!("to {vm}, by {actor}"),
                 Order::Keep { actor } => format!("kept on the host, by {actor}"),
@@ -351,6 +353,7 @@ pub fn device_view(
         host_use: facts.host_use.clone(),
         decision,
         state,
+        context: Context::default(),
         order: None,
     }
 }

@@ -194,3 +194,6 @@ fn unused(policy: &Policy, problems: &mut Vec<Problem>) {
         note(format!("no rule gives VM {name} a device"), &def.origin);
     }
 }
+
+#[cfg(test)]
+mod tests;
