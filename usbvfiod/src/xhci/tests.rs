@@ -3,10 +3,16 @@
 mod bulk_model;
 mod commands;
 mod control;
+mod events;
 mod flow;
 mod hostile;
+mod isoch;
+mod ports;
 mod registers;
 mod rings;
+mod slot_model;
+mod streams;
+mod td;
 mod transfers;
 
 /// Cases of a property test; `PROPTEST_CASES` overrides it for a long run.
