@@ -19,6 +19,9 @@ impl Daemon {
     pub(super) fn on_vmm_listener(&mut self) -> io::Result<()> {
         // The end of the old connection may be waiting behind the new one.
         self.on_vmm()?;
+        if self.client.as_ref().is_some_and(|client| client.connection.has_hung_up()) {
+            self.drop_client("it closed the connection");
+        }
         let Some(listener) = &self.vmm_listener else { return Ok(()) };
         match listener.accept() {
             Ok(Some(connection)) if self.client.is_none() => self.serve(connection),

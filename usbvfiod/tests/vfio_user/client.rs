@@ -6,7 +6,10 @@ use std::os::unix::fs::FileExt;
 use vfio_user::Client;
 
 use crate::server::{Target, VECTORS};
-use crate::wire::{ACTION_TRIGGER, CONFIG, DATA_EVENTFD, DATA_NONE, MSIX, ROM, eventfd, memfd, signals};
+use crate::wire::{
+    ACTION_TRIGGER, CONFIG, DATA_EVENTFD, DATA_NONE, DMA_MAP, MSIX, NO_REPLY, ROM, Raw, VERSION, borrow,
+    dma_map, eventfd, memfd, signals, version,
+};
 
 macro_rules! on_both {
     ($($name:ident,)*) => {
@@ -29,6 +32,7 @@ on_both! {
     nonsense_does_not_hang_the_client,
     second_connection_after_the_first_ended_finds_the_device_again,
     second_client_is_turned_away_and_the_first_goes_on,
+    client_that_posts_and_goes_makes_room_at_once,
 }
 
 fn connect(target: &Target) -> Client {
@@ -151,4 +155,21 @@ fn second_client_is_turned_away_and_the_first_goes_on(target: &Target) {
     let mut client = connect(target);
     assert!(Client::new(target.path()).is_err());
     assert_eq!(read32(&mut client, CONFIG, 0) & 0xffff, 0x1b36);
+}
+
+/// Each message with a descriptor takes a read of its own, so the end of the first client is far behind.
+fn client_that_posts_and_goes_makes_room_at_once(target: &Target) {
+    let memory = [memfd(0x1000)];
+    let mut first = Raw::connect_to(target.path());
+    first.ask(VERSION, &version(0, 0, b"")).unwrap();
+    let mut second = target.while_stopped(|| {
+        let second = Raw::connect_to(target.path());
+        for page in 0..60 {
+            first.send(DMA_MAP, NO_REPLY, &dma_map(3, 0, page << 12, 0x1000), &borrow(&memory));
+        }
+        drop(first);
+        second
+    });
+    second.ask(VERSION, &version(0, 0, b"")).unwrap();
+    second.assert_in_step();
 }

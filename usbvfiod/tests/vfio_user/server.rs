@@ -10,6 +10,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use usbvfiod::guest_memory::GuestMemory;
 use usbvfiod::pci;
 use usbvfiod::pci::config::{ConfigSpace, Ids};
@@ -269,6 +271,23 @@ impl Target {
         match self {
             Self::InProcess(server) => server.path(),
             Self::Program { path, .. } => path,
+        }
+    }
+
+    /// Does something while the server stands still, so that it finds all of it at once.
+    pub(crate) fn while_stopped<T>(&self, what: impl FnOnce() -> T) -> T {
+        match self {
+            Self::InProcess(server) => {
+                let _device = server.device();
+                what()
+            }
+            Self::Program { child, .. } => {
+                let pid = Pid::from_raw(child.id() as i32);
+                kill(pid, Signal::SIGSTOP).unwrap();
+                let result = what();
+                kill(pid, Signal::SIGCONT).unwrap();
+                result
+            }
         }
     }
 

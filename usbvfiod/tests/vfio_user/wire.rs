@@ -5,6 +5,7 @@ use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -51,7 +52,11 @@ pub(crate) struct Raw {
 impl Raw {
     /// Connected, nothing said.
     pub(crate) fn connect(server: &Server) -> Self {
-        let stream = UnixStream::connect(server.path()).unwrap();
+        Self::connect_to(server.path())
+    }
+
+    pub(crate) fn connect_to(path: &Path) -> Self {
+        let stream = UnixStream::connect(path).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         Self { stream, next_id: 0x4100 }
     }
