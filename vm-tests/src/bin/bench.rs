@@ -47,7 +47,7 @@ fn measure(host: &Host) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
 
     let disk = host.run(&format!(
-        "until ls /sys/bus/usb/devices/{name}/*/host*/target*/*/block 2>/dev/null; do usleep 100000; done"
+        "until ls /sys/bus/usb/devices/{name}/*/host*/target*/*/block 2>/dev/null; do sleep 0.1; done"
     ))?;
     let disk = format!("/dev/{}", disk.trim());
     progress("the host itself");
