@@ -3,6 +3,7 @@
 mod bulk_model;
 mod commands;
 mod control;
+mod coverage;
 mod events;
 mod flow;
 mod hostile;

@@ -274,3 +274,48 @@ fn memory_of_an_ended_transfer_is_used_again() {
     };
     assert!(guest.effects.iter().any(is_it));
 }
+
+/// Stops an IN TD of a Normal and an Event Data TRB after `actual` of 1024 bytes; its Stopped event and the TRBs.
+fn stop_after(guest: &mut Guest, actual: u32) -> (u8, (u64, u8, u32), [u64; 2]) {
+    let (_, slot) = guest.bulk();
+    let data = guest.push(slot, 3, normal(DATA, 1024, CHAIN));
+    let event = guest.push(slot, 3, event_data(0x42, 0));
+    guest.ring(slot, 3);
+    let request = guest.request();
+    guest.post_command(command_trb(15, slot, 3, 0));
+    guest.complete(request.id, UrbStatus::Cancelled, actual);
+    let stopped = guest.transfers();
+    assert_eq!(stopped.len(), 1);
+    (slot, stopped[0], [data, event])
+}
+
+#[test]
+fn stop_behind_all_data_stands_at_the_event_data_trb_and_its_length_is_invalid() {
+    let mut guest = Guest::new();
+    let (slot, stopped, [_, event]) = stop_after(&mut guest, 1024);
+    assert_eq!(stopped, (event, 27, 0));
+    guest.ring(slot, 3);
+    assert!(guest.submitted().is_empty(), "nothing is left to move");
+    assert_eq!(guest.transfers(), [(0x42, SUCCESS, 1024)]);
+}
+
+#[test]
+fn stop_behind_a_short_packet_tells_the_bytes_moved() {
+    let mut guest = Guest::new();
+    let (slot, stopped, [data, _]) = stop_after(&mut guest, 600);
+    assert_eq!(stopped, (data, 28, 600));
+    guest.ring(slot, 3);
+    assert!(guest.submitted().is_empty(), "the device has ended it");
+    assert_eq!(guest.transfers(), [(0x42, SHORT, 600)]);
+}
+
+#[test]
+fn stop_in_the_middle_tells_the_residue() {
+    let mut guest = Guest::new();
+    let (slot, stopped, [data, _]) = stop_after(&mut guest, 512);
+    assert_eq!(stopped, (data, 26, 512));
+    guest.ring(slot, 3);
+    let rest = guest.request();
+    guest.complete(rest.id, UrbStatus::Completed, 512);
+    assert_eq!(guest.transfers(), [(0x42, SUCCESS, 1024)]);
+}
