@@ -61,6 +61,7 @@ impl Controller {
         if !self.is_running() {
             return;
         }
+        tracing::trace!(interrupter, ?event, "event");
         let index = self.interrupter_index(interrupter);
         let interrupter = &mut self.interrupters[index];
         match interrupter.ring.post(io.mem, event) {

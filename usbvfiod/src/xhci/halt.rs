@@ -56,6 +56,7 @@ impl Controller {
             return;
         }
         if let Some(device) = self.slot_device(slot) {
+            device.touched = true;
             device.lingering.extend(ids.iter().map(|id| (*id, endpoint.dci.address())));
             effects.push(Effect::Abandon { device: device.handle, ids });
         }

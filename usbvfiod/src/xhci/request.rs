@@ -103,6 +103,14 @@ impl Controller {
         let follows =
             endpoint.kind == EndpointKind::Bulk && endpoint.flights().any(|flight| flight.submitted);
         flight.submitted = true;
+        tracing::trace!(
+            slot,
+            dci = endpoint.dci.get(),
+            stream,
+            id = flight.id.0,
+            len = flight.len,
+            "transfer"
+        );
         io.effects.push(Effect::Submit(UrbRequest {
             id: flight.id,
             device: handle,

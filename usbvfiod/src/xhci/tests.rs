@@ -1,5 +1,6 @@
 //! The controller as a guest driver sees it, with devices that answer when a test says so.
 
+mod allocations;
 mod bulk_model;
 mod commands;
 mod control;

@@ -68,15 +68,14 @@ impl Controller {
     pub(super) fn transfer_ended<M: GuestMem>(&mut self, _io: &mut Io<'_, M>, completion: UrbCompletion) {
         self.spare.keep_payload(completion.payload);
         let outcome = Outcome { status: Ended::Device(completion.status), actual: completion.actual };
-        if let Some((slot, _)) = Self::endpoint_of(completion.id)
-            && !matches!(completion.status, UrbStatus::Completed | UrbStatus::Stalled)
-            && let Some(device) = self.slot_device(slot)
-        {
-            device.touched = true;
-        }
         if let Some((slot, dci)) = Self::endpoint_of(completion.id)
             && self.note_outcome(slot, dci, completion.id, outcome, completion.packets)
         {
+            if !matches!(completion.status, UrbStatus::Completed | UrbStatus::Stalled)
+                && let Some(device) = self.slot_device(slot)
+            {
+                device.touched = true;
+            }
             self.make_ready(slot, dci);
             self.unblock();
             return;
