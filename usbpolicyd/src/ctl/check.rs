@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::host::Devices;
+use super::host::{Devices, this_host};
 use super::{Outcome, text};
 use crate::policy::lint::lint;
 use crate::policy::load::{Layer, Source, load};
@@ -45,8 +45,11 @@ struct Report<'a> {
 
 pub(super) fn run(args: &Args, out: &mut dyn Write) -> anyhow::Result<Outcome> {
     let sources = sources(&args.files)?;
-    let known = args.files.is_empty() || args.this_host || args.devices.is_given();
-    let snapshot = known.then(|| args.devices.read()).transpose()?;
+    let snapshot = match () {
+        () if args.this_host || args.devices.is_given() => Some(args.devices.read()?),
+        () if args.files.is_empty() => this_host().ok(),
+        () => None,
+    };
     let (usable, mut problems) = match load(&sources) {
         Ok(loaded) => {
             let found = lint(&loaded.policy, snapshot.as_ref().map(|snapshot| &snapshot.topology));

@@ -239,3 +239,6 @@ fn unknown(what: &str, table: &str, name: &str, known: &[&str], origin: &Origin)
     let message = format!("{what} {name:?} is not declared");
     Problem::new(Severity::Error, "undeclared", message).at(origin).help(help)
 }
+
+#[cfg(test)]
+mod tests;
