@@ -195,9 +195,6 @@ pub(super) fn claims<'p>(policy: &'p CompiledPolicy, device: &DeviceFacts) -> Ve
     for rule in policy.candidates(device).into_iter().filter_map(|index| policy.rules.get(index)) {
         let Some(specificity) = rule.matcher.test(device) else { continue };
         for vm in &rule.vms {
-            if vm_denies(policy, vm, device) {
-                continue;
-            }
             let claim = Claim { vm, rule, specificity };
             match best.iter_mut().find(|other| other.vm == vm) {
                 Some(other) if other.rank() < claim.rank() => *other = claim,
@@ -206,6 +203,7 @@ pub(super) fn claims<'p>(policy: &'p CompiledPolicy, device: &DeviceFacts) -> Ve
             }
         }
     }
+    best.retain(|claim| !vm_denies(policy, claim.vm, device));
     best.sort_by_key(|claim| claim.vm);
     best
 }
