@@ -14,7 +14,7 @@ use crate::progress;
 use crate::remote::{Ended, Process};
 
 /// Start of a daemon until its socket is there; a fraction of a second where nothing is emulated.
-const START_WITHIN: Duration = Duration::from_secs(30);
+const START_WITHIN: Duration = Duration::from_secs(90);
 
 /// SIGTERM until the end.
 const STOP_WITHIN: Duration = Duration::from_secs(15);

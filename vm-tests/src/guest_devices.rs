@@ -11,7 +11,7 @@ use crate::progress;
 use crate::remote::Process;
 
 /// From the plug until the guest has a block device: enumeration, the second that usb-storage waits, SCSI.
-const DISK_WITHIN: Duration = Duration::from_secs(60);
+const DISK_WITHIN: Duration = Duration::from_secs(120);
 
 /// A copy in a guest that runs.
 pub struct Copy {

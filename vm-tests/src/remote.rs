@@ -160,7 +160,7 @@ impl Remote {
 
     /// As [`Self::run_within`] with a limit that suits short commands.
     pub fn run(&self, script: &str) -> Result<String> {
-        self.run_within(script, Duration::from_secs(30))
+        self.run_within(script, Duration::from_secs(90))
     }
 
     /// Writes a file.
@@ -169,7 +169,7 @@ impl Remote {
             self.spawn(&["sh", "-c", "mkdir -p \"$(dirname \"$1\")\" && cat > \"$1\"", "sh", path])?;
         process.write(content)?;
         process.close_input()?;
-        match process.wait(Duration::from_secs(30))? {
+        match process.wait(Duration::from_secs(90))? {
             Ended::Status(0) => Ok(()),
             ended => bail!("write {path} in {}: {ended:?}\n{}", self.shared.name, process.log.tail(5)),
         }
