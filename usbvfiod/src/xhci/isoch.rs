@@ -8,12 +8,13 @@ use std::time::Duration;
 use super::GuestMem;
 use super::context::EndpointState;
 use super::controller::{Controller, Io};
+use super::ring::Cursor;
 use super::slot::{Endpoint, TransferRing};
 use super::start::TRBS_PER_KICK;
 use super::td::{Ended, Flight, Item, Outcome, Parsed, Parser};
 
 use super::trb::{CompletionCode, Trb};
-use crate::urb::{Effect, PacketResult, Payload, Segment, TransferKind, UrbRequest, UrbStatus};
+use crate::urb::{Effect, PacketResult, Payload, Segment, TransferId, TransferKind, UrbRequest, UrbStatus};
 
 /// Service intervals in one transfer.
 const INTERVALS: usize = 32;
@@ -30,6 +31,34 @@ struct Batch {
     segments: Vec<Segment>,
     packets: Vec<u32>,
     immediate: Option<Payload>,
+    /// Where the ring goes on.
+    end: Cursor,
+}
+
+impl Batch {
+    /// Where it stands, to come back to with [`Self::undo`].
+    fn mark(&self) -> (usize, usize, Option<Segment>) {
+        (self.items.len(), self.segments.len(), self.segments.last().copied())
+    }
+
+    /// Takes a TD back. Its first piece of memory may have been joined to the last one before.
+    fn undo(&mut self, (items, segments, last): (usize, usize, Option<Segment>)) {
+        self.items.truncate(items);
+        self.segments.truncate(segments);
+        if let (Some(place), Some(last)) = (self.segments.last_mut(), last) {
+            *place = last;
+        }
+    }
+}
+
+/// What stands next on the ring.
+enum Gathered {
+    /// Nothing that can be started now.
+    Nothing,
+    /// Intervals for the device.
+    Intervals,
+    /// TRBs that are answered without the device; with an interval that was missed or without any.
+    Answered { outcome: Outcome, missed: bool },
 }
 
 /// When the first TD of a stream is to run.
@@ -79,81 +108,32 @@ impl Controller {
         parser: &mut Parser<'_, M>,
     ) -> bool {
         let Some(Some(ring)) = endpoint.rings.first() else { return false };
-        let mut at = ring.cursor;
-        let id = self.new_transfer(slot, endpoint.dci);
-        let mut batch =
-            Batch { items: self.spare.items(), segments: self.spare.segments(), ..Batch::default() };
-        let mut outcome = None;
-        while batch.packets.len() < INTERVALS && parser.trbs < TRBS_PER_KICK && batch.immediate.is_none() {
-            let is_first = batch.packets.is_empty();
-            let (items, pieces, last) =
-                (batch.items.len(), batch.segments.len(), batch.segments.last().copied());
-            let parsed = parser.parse(at, &mut batch.items, &mut batch.segments);
-            let mut keep = false;
-            match parsed {
-                Ok(Parsed::Transfer { immediate, len, first, end, .. })
-                    if is_first || immediate.is_none() =>
-                {
-                    match if endpoint.streaming { Start::Now } else { self.isoch_start(io.now, &first) } {
-                        Start::Now => {}
-                        Start::In(delay) => {
-                            self.set_timer(slot, endpoint, Some(io.now + delay));
-                            break;
-                        }
-                        Start::Missed if !is_first => break,
-                        Start::Missed => {
-                            outcome = Some(Outcome { status: Ended::Device(UrbStatus::NotRun), actual: 0 });
-                        }
-                    }
-                    batch.packets.push(len);
-                    batch.immediate = immediate;
-                    endpoint.streaming |= outcome.is_none();
-                    at = end;
-                    keep = outcome.is_none();
-                }
-                Ok(Parsed::Idle { end }) if is_first => {
-                    outcome = Some(Outcome::COMPLETED);
-                    at = end;
-                }
-                Ok(Parsed::Malformed { end }) if is_first => {
-                    outcome = Some(Outcome { status: Ended::Malformed, actual: 0 });
-                    at = end;
-                }
-                Err(_) if is_first => {
-                    batch.items.push(Item::unreadable(at));
-                    outcome = Some(Outcome { status: Ended::Malformed, actual: 0 });
-                }
-                _ => {
-                    batch.items.truncate(items);
-                    batch.segments.truncate(pieces);
-                    if let (Some(segment), Some(last)) = (batch.segments.last_mut(), last) {
-                        *segment = last;
-                    }
-                }
-            }
-            if !keep {
-                break;
-            }
-        }
-        if batch.packets.is_empty() && outcome.is_none() {
-            self.spare.keep_items(batch.items);
-            self.spare.keep_payload(Payload::Guest(batch.segments));
-            if endpoint.deadline.is_none()
-                && let Some(Some(ring)) = endpoint.rings.first_mut()
-            {
-                ring.rung = false;
-            }
-            return false;
-        }
-        let mut flight = Flight { end: at, is_in: endpoint.dci.is_in(), ..Flight::new(id) };
+        let (items, segments) = (self.spare.items(), self.spare.segments());
+        let mut batch = Batch { items, segments, end: ring.cursor, ..Batch::default() };
+        let gathered = self.gather(io, slot, endpoint, parser, &mut batch);
+        let mut flight = Flight { end: batch.end, is_in: endpoint.dci.is_in(), ..Flight::new(TransferId(0)) };
         flight.items = std::mem::take(&mut batch.items);
-        flight.outcome = outcome;
-        if let Some(Outcome { status: Ended::Device(UrbStatus::NotRun), .. }) = outcome {
-            flight.outcome = Some(Outcome::COMPLETED);
-            flight.packets = vec![PacketResult { status: UrbStatus::NotRun, actual: 0 }];
-        }
-        if outcome.is_none() {
-            self.submit_intervals(io, slot, endpoint, &mut flight, batch);
+        match gathered {
+            Gathered::Nothing => {
+                self.spare.keep_items(flight.items);
+                self.spare.keep_payload(Payload::Guest(batch.segments));
+                let waits_for_frame = endpoint.deadline.is_some();
+                if let Some(Some(ring)) = endpoint.rings.first_mut() {
+                    ring.rung = waits_for_frame;
+                }
+                return false;
+            }
+            Gathered::Answered { outcome, missed } => {
+                flight.outcome = Some(outcome);
+                if missed {
+                    flight.packets = vec![PacketResult { status: UrbStatus::NotRun, actual: 0 }];
+                }
+                self.spare.keep_payload(Payload::Guest(batch.segments));
+            }
+            Gathered::Intervals => {
+                flight.id = self.new_transfer(slot, endpoint.dci);
+                self.submit_intervals(io, slot, endpoint, &mut flight, batch);
+            }
         }
         self.trbs_in_flight += flight.items.len();
         if let Some(Some(ring)) = endpoint.rings.first_mut() {
@@ -161,6 +141,62 @@ impl Controller {
             ring.queue.push_back(flight);
         }
         true
+    }
+
+    /// Reads TDs as long as they fit into one transfer.
+    fn gather<M: GuestMem>(
+        &mut self,
+        io: &mut Io<'_, M>,
+        slot: u8,
+        endpoint: &mut Endpoint,
+        parser: &mut Parser<'_, M>,
+        batch: &mut Batch,
+    ) -> Gathered {
+        let malformed = Outcome { status: Ended::Malformed, actual: 0 };
+        while batch.packets.len() < INTERVALS && parser.trbs < TRBS_PER_KICK && batch.immediate.is_none() {
+            let is_first = batch.packets.is_empty();
+            let mark = batch.mark();
+            match parser.parse(batch.end, &mut batch.items, &mut batch.segments) {
+                Ok(Parsed::Transfer { immediate, len, first, end, .. })
+                    if is_first || immediate.is_none() =>
+                {
+                    let start =
+                        if endpoint.streaming { Start::Now } else { self.isoch_start(io.now, &first) };
+                    match start {
+                        Start::Now => {
+                            endpoint.streaming = true;
+                            batch.packets.push(len);
+                            batch.immediate = immediate;
+                            batch.end = end;
+                        }
+                        Start::In(delay) => {
+                            self.set_timer(slot, endpoint, Some(io.now + delay));
+                            return Gathered::Nothing;
+                        }
+                        Start::Missed => {
+                            batch.end = end;
+                            return Gathered::Answered { outcome: Outcome::COMPLETED, missed: true };
+                        }
+                    }
+                }
+                Ok(Parsed::Idle { end }) if is_first => {
+                    batch.end = end;
+                    return Gathered::Answered { outcome: Outcome::COMPLETED, missed: false };
+                }
+                Ok(Parsed::Malformed { .. }) if is_first => {
+                    return Gathered::Answered { outcome: malformed, missed: false };
+                }
+                Err(_) if is_first => {
+                    batch.items.push(Item::unreadable(batch.end));
+                    return Gathered::Answered { outcome: malformed, missed: false };
+                }
+                _ => {
+                    batch.undo(mark);
+                    break;
+                }
+            }
+        }
+        if batch.packets.is_empty() { Gathered::Nothing } else { Gathered::Intervals }
     }
 
     fn submit_intervals<M: GuestMem>(
