@@ -88,7 +88,7 @@ impl Controller {
                 break;
             }
         }
-        if endpoint.flights().any(|flight| flight.outcome.is_some()) {
+        if endpoint.has_ended() {
             return self.requeue(slot, endpoint);
         }
         if endpoint.has_flights() {

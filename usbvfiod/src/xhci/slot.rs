@@ -189,6 +189,12 @@ impl Endpoint {
         self.flights().next().is_some()
     }
 
+    /// Whether there is something to report: the oldest transfer of a ring has ended.
+    pub(super) fn has_ended(&self) -> bool {
+        let mut oldest = self.rings.iter().flatten().filter_map(|ring| ring.queue.front());
+        oldest.any(|flight| flight.outcome.is_some())
+    }
+
     /// The transfers that the device still has.
     pub(super) fn outstanding(&self) -> Vec<TransferId> {
         self.flights().filter(|flight| flight.is_with_device()).map(|flight| flight.id).collect()

@@ -53,7 +53,7 @@ impl Controller {
                 }
             }
         }
-        if endpoint.flights().any(|flight| flight.outcome.is_some()) {
+        if endpoint.has_ended() {
             self.requeue(slot, endpoint);
         }
     }

@@ -238,7 +238,7 @@ impl Machine {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: super::cases(120), failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: super::cases(60), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn random_registers_and_memory_do_no_harm_and_reset_recovers(inputs in inputs()) {

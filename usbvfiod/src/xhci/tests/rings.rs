@@ -257,6 +257,20 @@ fn no_op_is_no_transfer() {
 }
 
 #[test]
+fn no_op_behind_a_pending_transfer_waits_without_wake_ups() {
+    let mut guest = Guest::new();
+    let (_, slot) = guest.bulk();
+    let first = guest.normal(slot, 3, DATA, 8);
+    let request = guest.request();
+    let second = guest.push(slot, 3, Trb::new(0, 0, 8 << 10 | IOC));
+    guest.ring(slot, 3);
+    assert!(guest.transfers().is_empty());
+    assert_eq!(guest.controller.next_deadline(), None);
+    guest.complete(request.id, UrbStatus::Completed, 8);
+    assert_eq!(guest.transfers(), [(first, SUCCESS, 0), (second, SUCCESS, 0)]);
+}
+
+#[test]
 fn link_with_ioc_is_reported() {
     let mut guest = Guest::new();
     let slot = with_ring(&mut guest, ELSEWHERE);

@@ -118,6 +118,7 @@ fn outcomes_out_of_order_are_told_in_order() {
     let requests = guest.submitted();
     guest.complete(requests[1].id, UrbStatus::Completed, 8);
     assert!(guest.transfers().is_empty());
+    assert_eq!(guest.controller.next_deadline(), None);
     guest.complete(requests[0].id, UrbStatus::Completed, 8);
     assert_eq!(guest.transfers(), [(first, SUCCESS, 0), (second, SUCCESS, 0)]);
 }
