@@ -9,6 +9,7 @@ mod device;
 mod device_set;
 mod lane;
 mod link;
+mod payload;
 mod pool;
 mod status;
 mod uas;

@@ -224,6 +224,12 @@ impl Rig {
         id
     }
 
+    /// Forgets outcomes that nobody waits for.
+    pub fn forget(&mut self) {
+        self.completed.clear();
+        self.order.clear();
+    }
+
     /// Waits for an operation's outcome.
     pub fn wait_operation(&mut self, id: OpId) -> Result<Result<(), OpError>> {
         self.turn_until(|rig| rig.operated.contains_key(&id))?;

@@ -35,6 +35,8 @@ fn transport_serves_a_superspeed_stick_and_a_keyboard() -> Result<()> {
             println!("{}", check(host, what, &stick)?);
         }
         println!("{}", check(host, "cancel", &keyboard)?);
+        let disk = host.plug(UsbDevice::uas("disk1").port("3"))?;
+        println!("{}", check(host, "streams", &disk)?);
         let said = check(host, "whole-medium", &stick)?;
         println!("{said}");
         assert!(said.contains(&format!("sha256 {}", stick.sha256())), "{said}");
@@ -81,6 +83,21 @@ fn transport_serves_devices_that_follow_a_script() -> Result<()> {
             }
         }
         ensure!(failed.is_empty(), "{failed:#?}");
+        Ok(())
+    })
+}
+
+/// Not part of the usual run: `VM_TESTS_PROFILE=release cargo test -p vm-tests --test usb_transport -- --ignored`.
+#[test]
+#[ignore = "a measurement, minutes long and of use on an idle machine only"]
+fn transport_costs_little_more_than_a_bare_loop() -> Result<()> {
+    scenario(&HostConfig::default(), |host| {
+        let stick = host.plug(UsbDevice::stick("stick1").port("1"))?;
+        let name = host.kernel_name(&stick)?;
+        let process = host.spawn(&["usb-transport", "bench", &name])?;
+        let ended = process.wait(Duration::from_secs(500))?;
+        println!("{}", process.log().tail(20));
+        ensure!(ended == Ended::Status(0), "{ended:?}");
         Ok(())
     })
 }

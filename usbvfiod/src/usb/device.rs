@@ -13,6 +13,7 @@ use tracing::{debug, warn};
 use super::device_set::{Counters, DeviceEvent};
 use super::lane::Work;
 use super::link::Link;
+use super::payload::{copy_packets_to_guest, copy_to_guest, fill, urb_len};
 use super::pool::{Budget, Pool};
 use super::{status, uas};
 use crate::urb::{
@@ -462,6 +463,8 @@ impl Device {
         if owed == Owed::Nothing {
             return self.pool.put(buffer);
         }
+        // EXDEV of an isochronous transfer repeats what the packets say.
+        let ended = if packets.is_empty() || ended != Err(Errno::EXDEV) { ended } else { Ok(()) };
         let mut outcome = status::of_urb(ended, owed != Owed::Outcome, self.gone);
         let mut actual = actual;
         if outcome == UrbStatus::NotRun && actual > 0 {
@@ -532,55 +535,6 @@ impl Device {
     }
 }
 
-/// How many bytes the URB's buffer has, or why there is no such URB.
-fn urb_len(request: &UrbRequest) -> Result<usize, UrbStatus> {
-    let len = request.len as usize;
-    let TransferKind::Control { setup } = request.kind else { return Ok(len) };
-    let stage = usize::from(u16::from_le_bytes([setup[6], setup[7]]));
-    let set_address = setup[..2] == [0x00, 0x05];
-    // The host owns the address. And an OUT data stage can be no shorter on usbfs than its setup packet says.
-    if set_address || len > stage || (!request.is_in() && len < stage) {
-        return Err(UrbStatus::TransactionError);
-    }
-    Ok(8 + stage)
-}
-
-/// Puts the setup packet and the bytes for the device into the buffer.
-fn fill<M: GuestMem + ?Sized>(request: &UrbRequest, mem: &M, buffer: &mut [u8]) -> Result<(), DmaFault> {
-    let data = match &request.kind {
-        TransferKind::Control { setup } => {
-            let (head, data) = buffer.split_at_mut(8);
-            head.copy_from_slice(setup);
-            data
-        }
-        _ => buffer,
-    };
-    if request.is_in() {
-        return Ok(());
-    }
-    let mut rest = &mut data[..request.len as usize];
-    match &request.payload {
-        Payload::Immediate { bytes, len } => {
-            let bytes = bytes.get(..rest.len()).filter(|bytes| bytes.len() == usize::from(*len));
-            rest.copy_from_slice(bytes.ok_or(DmaFault { addr: 0, len: rest.len() })?);
-        }
-        Payload::Guest(segments) => {
-            for segment in segments {
-                let take = rest.len().min(segment.len as usize);
-                let (now, later) = rest.split_at_mut(take);
-                if take > 0 {
-                    mem.read(segment.addr, now)?;
-                }
-                rest = later;
-            }
-            if !rest.is_empty() {
-                return Err(DmaFault { addr: 0, len: rest.len() });
-            }
-        }
-    }
-    Ok(())
-}
-
 fn submit(
     link: &mut Link,
     request: &UrbRequest,
@@ -596,48 +550,6 @@ fn submit(
     link.urbs.submit(request.endpoint, kind, len, buffer).map_err(|error| (error.errno, error.buffer))
 }
 
-/// Copies bytes to the guest's payload, from `offset` bytes into it.
-fn copy_to_guest<M: GuestMem + ?Sized>(
-    mem: &M,
-    payload: &Payload,
-    offset: usize,
-    mut bytes: &[u8],
-) -> Result<(), DmaFault> {
-    let Payload::Guest(segments) = payload else { return Ok(()) };
-    let mut skip = offset;
-    for segment in segments {
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        let len = segment.len as usize;
-        if skip >= len {
-            skip -= len;
-            continue;
-        }
-        let (now, later) = bytes.split_at(bytes.len().min(len - skip));
-        mem.write(segment.addr.wrapping_add(skip as u64), now)?;
-        (bytes, skip) = (later, 0);
-    }
-    if bytes.is_empty() { Ok(()) } else { Err(DmaFault { addr: 0, len: bytes.len() }) }
-}
-
-/// Copies each packet to its place. A packet that came short leaves a hole.
-fn copy_packets_to_guest<M: GuestMem + ?Sized>(
-    mem: &M,
-    request: &UrbRequest,
-    packets: &[PacketOutcome],
-    data: &[u8],
-) -> Result<(), DmaFault> {
-    let TransferKind::Isochronous { packets: lengths } = &request.kind else { return Ok(()) };
-    let mut at = 0;
-    for (packet, &length) in packets.iter().zip(lengths) {
-        let bytes = data.get(at..).and_then(|rest| rest.get(..packet.actual as usize));
-        copy_to_guest(mem, &request.payload, at, bytes.unwrap_or_default())?;
-        at += length as usize;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 #[path = "device/tests.rs"]
-mod tests;
+pub(super) mod tests;

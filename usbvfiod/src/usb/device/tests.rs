@@ -9,10 +9,10 @@ use crate::urb::Segment;
 const LATER: Duration = Duration::from_secs(4);
 
 /// Guest memory from address 0 on.
-struct Memory(RefCell<Vec<u8>>);
+pub(in crate::usb) struct Memory(pub(in crate::usb) RefCell<Vec<u8>>);
 
 impl Memory {
-    fn new(len: usize) -> Self {
+    pub(in crate::usb) fn new(len: usize) -> Self {
         let pattern = (0..len).map(|index| u8::try_from(index % 251).unwrap());
         Self(RefCell::new(pattern.collect()))
     }
@@ -38,11 +38,11 @@ impl GuestMem for Memory {
     }
 }
 
-fn segments(pieces: &[(u64, u32)]) -> Payload {
+pub(in crate::usb) fn segments(pieces: &[(u64, u32)]) -> Payload {
     Payload::Guest(pieces.iter().map(|&(addr, len)| Segment { addr, len }).collect())
 }
 
-fn bulk(id: u64, endpoint: u8, payload: Payload, len: u32) -> UrbRequest {
+pub(in crate::usb) fn bulk(id: u64, endpoint: u8, payload: Payload, len: u32) -> UrbRequest {
     UrbRequest {
         id: TransferId(id),
         device: DeviceHandle(1),
@@ -54,7 +54,7 @@ fn bulk(id: u64, endpoint: u8, payload: Payload, len: u32) -> UrbRequest {
     }
 }
 
-fn control(setup: [u8; 8], len: u32) -> UrbRequest {
+pub(in crate::usb) fn control(setup: [u8; 8], len: u32) -> UrbRequest {
     UrbRequest { kind: TransferKind::Control { setup }, ..bulk(1, 0, segments(&[(0, len)]), len) }
 }
 
@@ -68,82 +68,6 @@ fn words(event: &DeviceEvent) -> String {
         DeviceEvent::Completed { completion, .. } => format!("{} {:?}", completion.id.0, completion.status),
         DeviceEvent::Operated { id, result, .. } => format!("op {} {result:?}", id.0),
         other => format!("{other:?}"),
-    }
-}
-
-#[test]
-fn out_payload_is_gathered_from_its_segments_in_order() {
-    let memory = Memory::new(64);
-    let request = bulk(1, 0x02, segments(&[(10, 2), (0, 0), (40, 3)]), 5);
-    let mut buffer = [0xff; 8];
-
-    fill(&request, &memory, &mut buffer).unwrap();
-
-    assert_eq!(buffer, [10, 11, 40, 41, 42, 0xff, 0xff, 0xff]);
-}
-
-#[test]
-fn out_payload_outside_of_guest_memory_or_too_short_is_a_fault() {
-    let memory = Memory::new(64);
-    for pieces in [&[(63, 2)][..], &[(u64::MAX, 2)], &[(0, 1)], &[]] {
-        let request = bulk(1, 0x02, segments(pieces), 2);
-        assert!(fill(&request, &memory, &mut [0; 2]).is_err(), "{pieces:?}");
-    }
-}
-
-#[test]
-fn immediate_bytes_are_sent_as_they_are() {
-    let payload = Payload::Immediate { bytes: [1, 2, 3, 4, 5, 6, 7, 8], len: 3 };
-    let mut buffer = [0; 3];
-    fill(&bulk(1, 0x02, payload, 3), &Memory::new(0), &mut buffer).unwrap();
-    assert_eq!(buffer, [1, 2, 3]);
-}
-
-#[test]
-fn immediate_length_that_lies_is_a_fault() {
-    let payload = Payload::Immediate { bytes: [0; 8], len: 9 };
-    assert!(fill(&bulk(1, 0x02, payload, 9), &Memory::new(0), &mut [0; 9]).is_err());
-}
-
-#[test]
-fn in_payload_is_scattered_and_bytes_that_did_not_come_stay() {
-    let memory = Memory::new(16);
-    let payload = segments(&[(8, 2), (0, 4)]);
-
-    copy_to_guest(&memory, &payload, 0, &[0xa0, 0xa1, 0xa2]).unwrap();
-
-    assert_eq!(memory.0.borrow()[..10], [0xa2, 1, 2, 3, 4, 5, 6, 7, 0xa0, 0xa1]);
-}
-
-#[test]
-fn packets_land_at_their_own_places_with_holes_between() {
-    let memory = Memory(RefCell::new(vec![0; 12]));
-    let mut request = bulk(1, 0x81, segments(&[(0, 6), (6, 6)]), 12);
-    request.kind = TransferKind::Isochronous { packets: vec![4, 4, 4] };
-    let packet = |actual| PacketOutcome { status: Ok(()), actual };
-    let data: Vec<u8> = (1..=12).collect();
-
-    copy_packets_to_guest(&memory, &request, &[packet(2), packet(0), packet(4)], &data).unwrap();
-
-    assert_eq!(memory.0.borrow()[..], [1, 2, 0, 0, 0, 0, 0, 0, 9, 10, 11, 12]);
-}
-
-#[test]
-fn control_buffer_has_room_for_what_the_setup_packet_says() {
-    let get_descriptor = [0x80, 6, 0, 1, 0, 0, 18, 0];
-    assert_eq!(urb_len(&control(get_descriptor, 18)), Ok(26));
-    assert_eq!(urb_len(&control(get_descriptor, 8)), Ok(26));
-    assert_eq!(urb_len(&control([0x80, 6, 0, 1, 0, 0, 0xff, 0xff], 0)), Ok(8 + 65535));
-}
-
-#[test]
-fn control_that_usbfs_cannot_carry_is_refused() {
-    let longer_than_its_setup = control([0x80, 6, 0, 1, 0, 0, 18, 0], 19);
-    let shorter_out = control([0x21, 9, 0, 2, 0, 0, 8, 0], 7);
-    let set_address = control([0x00, 5, 9, 0, 0, 0, 0, 0], 0);
-
-    for request in [longer_than_its_setup, shorter_out, set_address] {
-        assert_eq!(urb_len(&request), Err(UrbStatus::TransactionError), "{request:?}");
     }
 }
 

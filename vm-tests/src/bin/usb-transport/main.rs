@@ -1,6 +1,7 @@
 //! `usb-transport CHECK DEVICE`: one behaviour of usbvfiod's transport on a real device (`2-1`) of this machine. Prints
 //! what it saw; fails with what it did not expect. `tests/usb_transport.rs` runs it in the host under test.
 
+mod bench;
 mod scripted;
 
 use std::io::Write;
@@ -26,6 +27,8 @@ fn main() -> Result<()> {
         "unplug" => unplug(&device),
         "claims" => claims(&device),
         "control" => control(&device),
+        "streams" => streams(&device),
+        "bench" => bench::compare(&device),
         "scripted" => scripted::check(&device),
         other => bail!("no check is called {other}"),
     }
@@ -264,5 +267,63 @@ fn control(device: &str) -> Result<()> {
     ensure!(rig.transfer(0, set_address, 0, 0)?.0 == UrbStatus::TransactionError);
     ensure!(rig.transfer(0, get(18), 0, 18)? == (UrbStatus::Completed, 18));
     println!("control transfers work");
+    rig.detach()
+}
+
+/// QEMU's UAS disk at SuperSpeed: commands on two streams at once, answered out of order or not, each in its place.
+fn streams(device: &str) -> Result<()> {
+    const COMMAND: u8 = 0x01;
+    const STATUS: u8 = 0x82;
+    const DATA_IN: u8 = 0x83;
+    const DATA_OUT: u8 = 0x04;
+    let mut rig = Rig::attach(device, 1 << 20)?;
+    println!("{:?}", rig.info()?);
+    let endpoints = vec![STATUS, DATA_IN, DATA_OUT];
+    ensure!(
+        rig.operate(DeviceOp::AllocStreams { endpoints: endpoints.clone(), streams: 16 })? == Ok(()),
+        "no streams"
+    );
+    let send = |rig: &mut Rig, tag: u16, cdb: &[u8], len: u32| {
+        let mut iu = vec![1, 0];
+        iu.extend(tag.to_be_bytes());
+        iu.resize(16, 0);
+        iu.extend(cdb);
+        iu.resize(32, 0);
+        let place = usize::from(tag) * 0x10000;
+        rig.memory.put(place, &iu);
+        let stream = TransferKind::Bulk { stream: tag };
+        let data = (len > 0).then(|| rig.submit(DATA_IN, stream.clone(), place + 0x1000, len));
+        let status = rig.submit(STATUS, stream, place + 0x100, 96);
+        (rig.submit(COMMAND, bulk(), place, 32), status, data, place)
+    };
+    // What it wants to tell after a reset.
+    for tag in 1..4 {
+        let (command, status, _, _) = send(&mut rig, tag, &[0; 6], 0);
+        ensure!(rig.wait(command)?.status == UrbStatus::Completed);
+        ensure!(rig.wait(status)?.status == UrbStatus::Completed);
+    }
+    let inquiry = [0x12, 0, 0, 0, 36, 0];
+    let capacity = [0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    for round in 0..8 {
+        let first = send(&mut rig, 5 + round % 4, &inquiry, 36);
+        let second = send(&mut rig, 10 + round % 4, &capacity, 8);
+        for ((command, status, data, place), len) in [(first, 36), (second, 8)] {
+            ensure!(rig.wait(command)?.status == UrbStatus::Completed);
+            let data = rig.wait(data.context("a command with data")?)?;
+            ensure!((data.status, data.actual) == (UrbStatus::Completed, len), "{data:?}");
+            let outcome = rig.wait(status)?;
+            let iu = rig.memory.get(place + 0x100, 16);
+            ensure!(outcome.status == UrbStatus::Completed && iu[0] == 3 && iu[6] == 0, "{outcome:?} {iu:?}");
+            let tag = u16::from_be_bytes([iu[2], iu[3]]);
+            ensure!(usize::from(tag) * 0x10000 == place, "status of command {tag} at {place:#x}");
+        }
+    }
+    // A stream that nothing comes on is cancelled alone.
+    let idle = rig.submit(STATUS, TransferKind::Bulk { stream: 15 }, 0, 96);
+    rig.cancel(&[idle]);
+    ensure!(rig.wait(idle)?.status == UrbStatus::Cancelled);
+    ensure!(rig.operate(DeviceOp::FreeStreams { endpoints: endpoints.clone() })? == Ok(()));
+    ensure!(rig.operate(DeviceOp::AllocStreams { endpoints, streams: 65000 })? == Err(OpError::NoResources));
+    println!("streams work");
     rig.detach()
 }
