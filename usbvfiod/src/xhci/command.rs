@@ -359,24 +359,25 @@ impl Controller {
         result
     }
 
-    /// The outcome of the operation a command waits for.
+    /// The outcome of the operation a command waits for. False when none does any more.
     pub(super) fn command_operation_done<M: GuestMem>(
         &mut self,
         io: &mut Io<'_, M>,
         id: OpId,
         result: Result<(), OpError>,
-    ) {
+    ) -> bool {
         let is_it = |pending: &mut Pending| match &pending.wait {
             Wait::Reset(op) | Wait::Streams(op, _) => *op == id,
             Wait::Stop(_) => false,
         };
-        let Some(pending) = self.commands.pending.take_if(is_it) else { return };
+        let Some(pending) = self.commands.pending.take_if(is_it) else { return false };
         let code = match result {
             Ok(()) => CompletionCode::Success,
             Err(OpError::NoResources) => CompletionCode::Resource,
             Err(OpError::Stalled | OpError::Failed | OpError::Gone) => CompletionCode::Transaction,
         };
         self.finish_pending(io, pending, code);
+        true
     }
 
     /// A command has waited long enough.

@@ -199,8 +199,9 @@ impl Controller {
         let handle = device.handle;
         self.free_streams(slot, |dci| plan.drop.contains(&dci), io.effects);
         let (endpoints, streams) = plan.streams.clone();
+        let purpose = Purpose::Streams(endpoints.clone());
         let op = DeviceOp::AllocStreams { endpoints, streams };
-        let id = self.operate(handle, op, Purpose::Command, io.effects).ok_or(CompletionCode::Transaction)?;
+        let id = self.operate(handle, op, purpose, io.effects).ok_or(CompletionCode::Transaction)?;
         Ok(Step::Wait(Wait::Streams(id, Box::new(plan))))
     }
 

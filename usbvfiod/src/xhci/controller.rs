@@ -56,12 +56,15 @@ pub(super) struct Io<'a, M> {
 }
 
 /// What an operation is done for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Purpose {
     /// A control transfer of the guest, which ends with it.
     Control(TransferId),
     /// The command in execution.
     Command,
+    /// The command in execution, which gives streams to these endpoints. When nobody waits any more they are taken away
+    /// again.
+    Streams(Vec<u8>),
     /// A reset of the port.
     Port(PortNumber, ResetKind),
     /// Nobody waits.
@@ -215,7 +218,15 @@ impl Controller {
         let io = &mut Io { now, mem, effects };
         match operation.purpose {
             Purpose::Control(transfer) => self.control_operation_done(transfer, result),
-            Purpose::Command => self.command_operation_done(io, id, result),
+            Purpose::Command => {
+                self.command_operation_done(io, id, result);
+            }
+            Purpose::Streams(endpoints) => {
+                if !self.command_operation_done(io, id, result) && result.is_ok() {
+                    let op = DeviceOp::FreeStreams { endpoints };
+                    self.operate(operation.device, op, Purpose::Nothing, io.effects);
+                }
+            }
             Purpose::Port(port, kind) => self.port_reset_done(io, port, kind, result),
             Purpose::Nothing => {}
         }
@@ -280,7 +291,9 @@ impl Controller {
             self.free_slot(slot, effects);
         }
         for operation in &mut self.operations {
-            operation.purpose = Purpose::Nothing;
+            if !matches!(operation.purpose, Purpose::Streams(_)) {
+                operation.purpose = Purpose::Nothing;
+            }
         }
         self.usbcmd = Usbcmd::new();
         self.usbsts = Usbsts::new();

@@ -9,6 +9,7 @@ mod events;
 mod flow;
 mod hostile;
 mod isoch;
+mod order_model;
 mod ports;
 mod registers;
 mod rings;

@@ -381,6 +381,19 @@ fn failed_stream_allocation_leaves_the_slot_as_it_was() {
 }
 
 #[test]
+fn streams_that_come_too_late_are_taken_away_again() {
+    let mut guest = Guest::new();
+    let (_, slot) = guest.enumerate(Speed::Super);
+    let input = guest.configure_input(slot, &[(3, 6, 1024, 4 << 10 | 1 << 15)]);
+    let at = guest.post_command(command_trb(CONFIGURE, slot, 0, input));
+    let (id, _) = guest.operation();
+    guest.wait(std::time::Duration::from_secs(4));
+    assert_eq!(guest.answer(at), Some((TRANSACTION, slot)));
+    guest.operation_done(id, Ok(()));
+    assert_eq!(guest.operation().1, DeviceOp::FreeStreams { endpoints: vec![0x81] });
+}
+
+#[test]
 fn commands_of_a_batch_longer_than_the_budget_all_run() {
     let mut guest = Guest::new();
     let mut last = 0;
