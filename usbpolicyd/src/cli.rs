@@ -18,7 +18,7 @@ pub struct Cli {
     #[arg(long, value_name = "FILE")]
     pub policy: Option<PathBuf>,
 
-    /// Where each usbvfiod has its directory: DIR/<vm>/policy.sock
+    /// Where each usbvfiod has its directory: DIR/VM/policy.sock
     #[arg(long, value_name = "DIR", default_value = "/run/usbvfiod")]
     pub run_dir: PathBuf,
 

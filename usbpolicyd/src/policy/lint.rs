@@ -1,4 +1,4 @@
-//! The whole of `usbpolicyctl check` for a policy that loads: the proofs of [`super::check`] and a look at each table.
+//! The whole of `usbpolicyctl check` for a policy that loads: the proofs of `check` and a look at each table.
 
 use std::collections::BTreeSet;
 
