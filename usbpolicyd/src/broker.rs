@@ -124,6 +124,8 @@ pub enum Input {
     Detached(LinkId, DeviceId),
     /// The instance let go unasked.
     Gone(LinkId, DeviceId, String),
+    /// The port of this device was kept from the host's drivers until now: they have not seen it.
+    Unclaimed(DeviceId),
     /// [`Effect::Return`] ended.
     Returned(DeviceId, Result<(), Failure>),
     /// An operator changed what a VM gets.

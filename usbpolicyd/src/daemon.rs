@@ -5,6 +5,7 @@
 
 pub mod answer;
 mod perform;
+mod ports;
 mod refresh;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use common::ids::{DeviceId, VmName};
+use common::usbfs::UsbfsFile;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -139,6 +141,8 @@ pub struct Daemon {
     instances: Instances,
     broker: Broker,
     inventory: Inventory,
+    ports: ports::Ports,
+    inherited_hubs: Vec<(UsbfsFile, u64)>,
     record: Record,
     orders: Orders,
     audit: Audit,
@@ -202,7 +206,11 @@ impl Daemon {
         let watch = Watch::new(&cli.run_dir).map_err(kernel("inotify"))?;
         let workers = Workers::new(&Nodes::default())
             .map_err(|source| StartError::Kernel { what: "thread", source })?;
-        let admin = admin_socket(&cli.admin_socket)?;
+        let inherited = ports::inherited();
+        let admin = match inherited.admin {
+            Some(admin) => admin,
+            None => admin_socket(&cli.admin_socket)?,
+        };
         let (record, recalled) = Record::open(&cli.state_dir.join("given.json"), &record::boot_id());
         let command_line = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
         // Milliseconds of this boot and room for 65 536 names in each: no name comes twice, whatever restarts.
@@ -220,6 +228,8 @@ impl Daemon {
             instances: Instances::new(&cli.run_dir),
             broker: Broker::default(),
             inventory: Inventory::new(first_id, recalled),
+            ports: ports::Ports::new(),
+            inherited_hubs: inherited.hubs,
             record,
             orders: Orders::open(&cli.state_dir, &cli.order_dir),
             audit: Audit::new(journal),
@@ -277,6 +287,11 @@ impl Daemon {
             path: self.sysfs.root().join("bus/usb/devices"),
             source,
         })?;
+        if let Some(claims) = &mut self.ports.claims {
+            for (file, inode) in self.inherited_hubs.drain(..) {
+                claims.inherit(file, inode, &scan);
+            }
+        }
         self.watch.refresh();
         let awaited = self.instances.with_socket().into_iter().collect();
         self.inputs.push_back(Input::Started(awaited));

@@ -116,6 +116,7 @@ impl Inventory {
         context: impl Fn(DeviceId, &Item) -> Context,
     ) -> (Vec<Entry>, Vec<DeviceId>) {
         let mut entries = Vec::with_capacity(self.items.len());
+        let claimed = (policy.claimed_connectors(), policy.claimed_subtrees());
         let mut changed = Vec::new();
         let mut keyboards = self.keyboards.other.saturating_add(self.keyboards.usb.len());
         for (id, item) in &mut self.items {
@@ -154,12 +155,19 @@ impl Inventory {
                 _ => None,
             };
             let on_release = options.map_or(policy.defaults.on_release, |options| options.on_release);
+            let is_claimed = claimed.0.iter().any(|one| one.meets(&facts.connector))
+                || claimed.1.iter().any(|one| one.is_at_or_above(&facts.connector));
+            // The host's drivers get nothing on a claimed port.
+            let on_release = match on_release.into() {
+                OnRelease::Host if is_claimed => OnRelease::Hold,
+                other => other,
+            };
             entries.push(Entry {
                 id: *id,
                 address: facts.address,
                 ports: facts.chain.clone(),
                 want,
-                on_release: on_release.into(),
+                on_release,
                 recalled: item.recalled.clone(),
             });
             item.context = context;

@@ -12,6 +12,7 @@ use common::ids::DeviceId;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::broker::OnRelease;
+use crate::claims::{Claims, Outcome, Plan};
 use crate::sysfs::Present;
 use crate::usbnode::{NodeError, Nodes, Options, Ready};
 
@@ -27,6 +28,8 @@ pub enum Job {
     Release(DeviceId, Box<Present>, OnRelease),
     /// Cut it off from whoever has it: its port is switched off and on.
     Revoke(DeviceId, Box<Present>),
+    /// Claim and release ports.
+    Claim(Claims, Plan),
 }
 
 /// How it ended.
@@ -38,6 +41,8 @@ pub enum Done {
     Released(DeviceId, Result<(), NodeError>),
     /// Of [`Job::Revoke`].
     Revoked(DeviceId, Result<(), NodeError>),
+    /// Of [`Job::Claim`].
+    Claimed(Claims, Outcome),
 }
 
 /// The threads and both ends of their queues.
@@ -105,6 +110,10 @@ fn run(nodes: &Nodes, job: Job) -> Done {
                 OnRelease::Deauthorize => nodes.deauthorize(&device),
             };
             Done::Released(id, result)
+        }
+        Job::Claim(mut claims, plan) => {
+            let outcome = claims.carry_out(nodes, &plan);
+            Done::Claimed(claims, outcome)
         }
         Job::Revoke(id, device) => Done::Revoked(id, nodes.cycle_port(&device)),
     }

@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod audit;
 pub mod broker;
+pub mod claims;
 pub mod cli;
 pub mod ctl;
 pub mod daemon;

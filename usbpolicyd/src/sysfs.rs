@@ -10,7 +10,6 @@ pub mod descriptors;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
@@ -55,6 +54,28 @@ pub struct Present {
     pub descriptors: Vec<u8>,
 }
 
+/// Where a hub is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HubPlace {
+    /// It is the root hub of this half of a controller.
+    Root(RootHub),
+    /// It is plugged in here.
+    Port(PortAddress),
+}
+
+/// A hub that is configured and so has ports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hub {
+    /// The kernel's name, `usb1` or `1-4`.
+    pub name: String,
+    /// Which plug-in it is.
+    pub plug: Plug,
+    /// Where it is.
+    pub place: HubPlace,
+    /// How many ports it has.
+    pub ports: u8,
+}
+
 /// All of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scan {
@@ -62,8 +83,8 @@ pub struct Scan {
     pub topology: Topology,
     /// Devices, hubs included, root hubs not, in order of syspath.
     pub devices: Vec<Present>,
-    /// Directory of each hub, root hubs included, by the stable address of nothing but its kernel name: `usb1`, `1-4`.
-    pub hubs: BTreeMap<String, PathBuf>,
+    /// Hubs that have ports now, root hubs included.
+    pub hubs: Vec<Hub>,
 }
 
 /// A sysfs tree: the real one, or a made-up one in a test.
@@ -121,11 +142,8 @@ impl Sysfs {
         if names.is_empty() {
             return;
         }
-        if let Some(hub) = fs::canonicalize(interface).ok().as_deref().and_then(Path::parent)
-            && let Some(name) = hub.file_name().and_then(|name| name.to_str())
-        {
-            scan.hubs.insert(name.to_owned(), hub.to_owned());
-        }
+        let hub = read_hub(interface, &scan.topology, names.len());
+        scan.hubs.extend(hub);
         for name in names {
             let port_of = |name: &str| scan.topology.port_of(&port_name(name)?);
             let Some(address) = port_of(&name) else { continue };
@@ -139,12 +157,27 @@ impl Sysfs {
 }
 
 /// `usb1-port4` and `1-4-port2` as the kernel name a device there would have: `1-4` and `1-4.2`.
-fn port_name(name: &str) -> Option<KernelName> {
+pub(crate) fn port_name(name: &str) -> Option<KernelName> {
     let (hub, port) = name.rsplit_once("-port")?;
     match hub.strip_prefix("usb") {
         Some(bus) => format!("{bus}-{port}").parse().ok(),
         None => format!("{hub}.{port}").parse().ok(),
     }
+}
+
+/// The hub whose interface this is.
+fn read_hub(interface: &Path, topology: &Topology, ports: usize) -> Option<Hub> {
+    let interface = fs::canonicalize(interface).ok()?;
+    let directory = interface.parent()?;
+    let name = directory.file_name()?.to_str()?;
+    let address = BusAddress { bus: number(directory, "busnum")?, device: number(directory, "devnum")? };
+    let place = match name.parse::<KernelName>() {
+        Ok(name) => HubPlace::Port(topology.port_of(&name)?),
+        Err(_) => HubPlace::Root(topology.buses.get(&address.bus)?.clone()),
+    };
+    let inode = fs::metadata(directory).ok()?.ino();
+    let plug = Plug { syspath: directory.to_owned(), inode, address };
+    Some(Hub { name: name.to_owned(), plug, place, ports: u8::try_from(ports).ok()? })
 }
 
 fn read_root_hub(link: &Path) -> Option<(u32, RootHub)> {

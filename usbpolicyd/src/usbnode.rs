@@ -12,13 +12,14 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
 
+use common::ids::BusAddress;
 use common::usbfs::{NotUsbfs, UsbfsFile};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::{Mode, fstat, major, minor};
 
 use crate::broker::Failure;
-use crate::sysfs::{Present, descriptors};
+use crate::sysfs::{Hub, HubPlace, Present, descriptors};
 
 /// How often an interface that a dying process still claims is tried again, and after what pause.
 const STILL_CLAIMED_TRIES: u32 = 20;
@@ -153,15 +154,14 @@ impl Default for Nodes {
 
 impl Nodes {
     /// Path of a device's node.
-    pub fn path(&self, device: &Present) -> PathBuf {
-        let address = device.facts.address;
+    pub fn path(&self, address: BusAddress) -> PathBuf {
         self.root.join(format!("{:03}/{:03}", address.bus, address.device))
     }
 
     /// Opens the node and makes sure that the open file is the device that sysfs showed.
     pub fn open(&self, device: &Present) -> Result<UsbfsFile, NodeError> {
-        let node = self.path(device);
-        let file = self.open_fd(device, &node)?;
+        let node = self.path(device.facts.address);
+        let file = self.open_fd(device.facts.address)?;
         let numbers = fstat(&file).map_err(|errno| kernel(&node, "fstat", errno))?.st_rdev;
         let expected = (u64::from(device.facts.node.major), u64::from(device.facts.node.minor));
         let other = |what| Err(NodeError::OtherDevice { node: node.clone(), what });
@@ -189,11 +189,35 @@ impl Nodes {
         Ok(file)
     }
 
-    fn open_fd(&self, device: &Present, node: &Path) -> Result<OwnedFd, NodeError> {
+    /// Opens the node of a hub, for its ports.
+    pub fn open_hub(&self, hub: &Hub) -> Result<UsbfsFile, NodeError> {
+        let node = self.path(hub.plug.address);
+        let not_usbfs = |source| NodeError::NotUsbfs { node: node.clone(), source };
+        let file = UsbfsFile::new(self.open_fd(hub.plug.address)?).map_err(not_usbfs)?;
+        let info = file.connection_info().map_err(|errno| kernel(&node, "USBDEVFS_CONNINFO_EX", errno))?;
+        let chain = match &hub.place {
+            HubPlace::Root(_) => None,
+            HubPlace::Port(port) => Some(port.chain.clone()),
+        };
+        if (info.address, info.ports) != (hub.plug.address, chain) {
+            return Err(NodeError::OtherDevice { node, what: "place" });
+        }
+        Ok(file)
+    }
+
+    /// Gives an unconfigured hub the configuration in which it has ports.
+    pub fn configure(&self, device: &Present) -> Result<(), NodeError> {
+        let file = self.open(device)?;
+        let value = usual_configuration(device).unwrap_or(1);
+        let node = self.path(device.facts.address);
+        file.set_configuration(value).map_err(|errno| kernel(&node, "setting the configuration", errno))
+    }
+
+    fn open_fd(&self, address: BusAddress) -> Result<OwnedFd, NodeError> {
+        let node = &self.path(address);
         let flags = OFlag::O_DIRECTORY | OFlag::O_PATH | OFlag::O_CLOEXEC;
         let root = nix::fcntl::open(&self.root, flags, Mode::empty())
             .map_err(|errno| kernel(&self.root, "open", errno))?;
-        let address = device.facts.address;
         let how = OpenHow::new()
             .flags(OFlag::O_RDWR | OFlag::O_CLOEXEC)
             .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV);
@@ -212,7 +236,7 @@ impl Nodes {
             return Err(NodeError::Unauthorized { name: device.facts.sys_name.clone() });
         }
         let file = self.open(device)?;
-        let node = self.path(device);
+        let node = self.path(device.facts.address);
         let mut ready = Ready { file, configuration: 0, drivers: Vec::new() };
         let result = self.make_ready(device, options, &node, &mut ready);
         if let Err(error) = result {
@@ -269,7 +293,7 @@ impl Nodes {
             return Ok(());
         }
         let file = self.open(device)?;
-        let node = self.path(device);
+        let node = self.path(device.facts.address);
         let Some(active) = active_configuration(device) else {
             // Setting a configuration makes the drivers look.
             let value = usual_configuration(device).unwrap_or(1);
@@ -394,7 +418,7 @@ mod tests {
     fn node_that_is_a_link_is_not_followed() {
         let tree = Tree::new();
         let (device, nodes) = device(&tree);
-        std::os::unix::fs::symlink("/dev/null", nodes.path(&device)).unwrap();
+        std::os::unix::fs::symlink("/dev/null", nodes.path(device.facts.address)).unwrap();
         let error = nodes.prepare(&device, Options::default()).unwrap_err();
         assert!(matches!(error, NodeError::Kernel { what: "open", .. }), "{error:?}");
     }
@@ -403,7 +427,7 @@ mod tests {
     fn node_of_another_number_is_another_device() {
         let tree = Tree::new();
         let (device, nodes) = device(&tree);
-        fs::write(nodes.path(&device), "").unwrap();
+        fs::write(nodes.path(device.facts.address), "").unwrap();
         let error = nodes.prepare(&device, Options::default()).unwrap_err();
         assert!(matches!(error, NodeError::OtherDevice { what: "device number", .. }), "{error:?}");
         assert!(Failure::from(&error).stale);

@@ -29,6 +29,11 @@ impl Broker {
             Input::Refused(link, id, text) => self.refused(now, link, id, text, out),
             Input::Detached(link, id) => self.let_go(now, link, id, None, out),
             Input::Gone(link, id, text) => self.let_go(now, link, id, Some(text), out),
+            Input::Unclaimed(id) => {
+                if let Some(device) = self.devices.get_mut(&id).filter(|device| device.place == Place::Free) {
+                    device.custody = Custody::Ours;
+                }
+            }
             Input::Returned(id, result) => self.returned(now, id, result, out),
             Input::Serve(vm, service) => self.machine(&vm).service = service,
             Input::Retry(id) => {

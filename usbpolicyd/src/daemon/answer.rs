@@ -271,7 +271,7 @@ impl Daemon {
             files: self.policy_names.clone(),
             last_seq: self.audit.last_seq(),
             status: self.status.clone(),
-            claimed_ports: Vec::new(),
+            claimed_ports: self.ports.names.clone(),
         }
     }
 

@@ -8,7 +8,7 @@ use common::wire::{Attach, ResetPolicy, ToInstance};
 use super::refresh::subject;
 use super::{Daemon, Gift, now};
 use crate::audit::{Kind, Note};
-use crate::broker::{DETACH_DEADLINE, Effect, Event, Failure, Input, LinkId};
+use crate::broker::{DETACH_DEADLINE, Effect, Event, Failure, Input, LinkId, OnRelease};
 use crate::jobs::{Done, Job};
 use crate::policy::schema::Reset;
 use crate::record::Given;
@@ -71,10 +71,9 @@ impl Daemon {
                 }
                 None => self.inputs.push_back(Input::Prepared(id, Err(vanished()))),
             },
-            Effect::Return(id, how) => match self.inventory.get(id) {
-                Some(item) => self.workers.start(Job::Release(id, Box::new(item.present.clone()), how)),
-                None => self.inputs.push_back(Input::Returned(id, Err(vanished()))),
-            },
+            // A driver that looks at a device on a claimed port is turned away.
+            Effect::Return(id, how) if self.ports.is_busy() => self.ports.waiting.push((id, how)),
+            Effect::Return(id, how) => self.release(id, how),
             Effect::Send(_, link, id) => self.send(link, id),
             Effect::Discard(id) => {
                 self.ready.remove(&id);
@@ -87,6 +86,13 @@ impl Daemon {
             Effect::Rename(..) => {}
             Effect::Resync => self.resync_soon(),
             Effect::Report(event) => self.report(event),
+        }
+    }
+
+    pub(super) fn release(&mut self, id: DeviceId, how: OnRelease) {
+        match self.inventory.get(id) {
+            Some(item) => self.workers.start(Job::Release(id, Box::new(item.present.clone()), how)),
+            None => self.inputs.push_back(Input::Returned(id, Err(vanished()))),
         }
     }
 
@@ -115,6 +121,10 @@ impl Daemon {
     pub(super) fn finish_jobs(&mut self) {
         for done in self.workers.finished() {
             let input = match done {
+                Done::Claimed(claims, outcome) => {
+                    self.claimed(claims, outcome);
+                    continue;
+                }
                 Done::Revoked(id, result) => {
                     let device = self.inventory.get(id).map(|item| subject(id, &item.present));
                     let text = match result {
@@ -178,9 +188,9 @@ impl Daemon {
             }
             Event::Released(id, how) => {
                 let text = match how {
-                    crate::broker::OnRelease::Host => "back with the host's drivers",
-                    crate::broker::OnRelease::Hold => "kept without drivers",
-                    crate::broker::OnRelease::Deauthorize => "deauthorized",
+                    OnRelease::Host => "back with the host's drivers",
+                    OnRelease::Hold => "kept without drivers",
+                    OnRelease::Deauthorize => "deauthorized",
                 };
                 (id, None, Kind::Released, text.to_owned(), "policy")
             }

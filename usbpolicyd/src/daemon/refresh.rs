@@ -15,6 +15,7 @@ use crate::policy::decide::{Context, Verdict};
 use crate::policy::load::{Layer, load};
 use crate::policy_files::{Places, read_path};
 use crate::sysfs::{Present, Scan};
+use crate::topology::Topology;
 
 impl Daemon {
     /// Reads sysfs and decides about everything.
@@ -36,13 +37,13 @@ impl Daemon {
         self.resync_at = now.saturating_add(SAFETY_INTERVAL);
         let before: BTreeMap<DeviceId, Subject> =
             self.inventory.iter().map(|(id, item)| (id, subject(id, &item.present))).collect();
-        let other_ports = scan.topology != *self.inventory.topology();
+        if scan.topology != *self.inventory.topology() {
+            self.compile_policy(&scan.topology);
+        }
+        self.plan_claims(&scan);
         self.inventory.take(now, scan, keyboards);
         if let Err(error) = self.orders.tidy(self.inventory.iter().map(|(_, item)| &item.present)) {
             tracing::error!("{:#}", anyhow::Error::from(error));
-        }
-        if other_ports {
-            self.compile_policy();
         }
         let mut gone = before;
         let mut new = Vec::new();
@@ -144,7 +145,8 @@ impl Daemon {
         let files = sources.len();
         self.policy_names = sources.into_iter().map(|source| source.path).collect();
         self.written = Some(loaded.policy);
-        self.compile_policy();
+        let topology = self.inventory.topology().clone();
+        self.compile_policy(&topology);
         let text = format!(
             "{files} files, {} assign and {} deny rules, {} VMs",
             self.policy.rules.len(),
@@ -167,9 +169,9 @@ impl Daemon {
         true
     }
 
-    fn compile_policy(&mut self) {
+    fn compile_policy(&mut self, topology: &Topology) {
         if let Some(written) = &self.written {
-            self.policy = compile(written, self.inventory.topology());
+            self.policy = compile(written, topology);
         }
     }
 }

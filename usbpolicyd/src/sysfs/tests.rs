@@ -27,6 +27,7 @@ impl Tree {
             let interface = hub.join(format!("{bus}-0:1.0"));
             fs::create_dir_all(&interface).unwrap();
             put(&hub, "busnum", &format!("{bus}\n"));
+            put(&hub, "devnum", "1\n");
             put(&hub, "speed", &format!("{speed}\n"));
             for port in 1..=4 {
                 let directory = interface.join(format!("usb{bus}-port{port}"));
@@ -143,7 +144,9 @@ fn ports_of_an_external_hub_are_found_with_their_peers() {
     let address = "pci-0000:00:14.0/usb2:4.2".parse().unwrap();
     let peer = scan.topology.ports[&address].peer.as_ref().unwrap();
     assert_eq!(peer.to_string(), "pci-0000:00:14.0/usb3:4.2");
-    assert_eq!(scan.hubs["1-4"], hub.canonicalize().unwrap());
+    let found = scan.hubs.iter().find(|one| one.name == "1-4").unwrap();
+    assert_eq!((found.plug.syspath.clone(), found.ports), (hub.canonicalize().unwrap(), 1));
+    assert_eq!(scan.hubs.len(), 3);
 }
 
 #[test]
