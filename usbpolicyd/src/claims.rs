@@ -131,6 +131,10 @@ impl Claims {
             let stays = wanted.contains(plug);
             if !stays {
                 outcome.released.extend(held.names());
+                for port in &held.ports {
+                    // The store of the service manager has the file too: closing ours would not be enough.
+                    let _ = held.file.release_port(*port);
+                }
                 // Closing the file gives the ports back.
                 outcome.closed.push(plug.clone());
             }

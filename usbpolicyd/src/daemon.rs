@@ -80,6 +80,9 @@ pub enum StartError {
         /// Why.
         source: common::channel::ChannelError,
     },
+    /// The daemon cannot give up what it does not need.
+    #[error("cannot confine itself (--no-sandbox starts it all the same)")]
+    Confine(#[source] common::confine::ConfineError),
     /// The kernel refuses something that should always work.
     #[error("{what} failed")]
     Kernel {
@@ -166,6 +169,7 @@ pub struct Daemon {
     /// The circumstances that decisions were last made in.
     judged: Option<Circumstances>,
     status: String,
+    confined: bool,
     ending: bool,
 }
 
@@ -204,6 +208,11 @@ impl Daemon {
         let signals = SignalFd::with_flags(&signals, flags).map_err(kernel("signalfd"))?;
         let monitor = Monitor::new().map_err(StartError::Monitor)?;
         let watch = Watch::new(&cli.run_dir).map_err(kernel("inotify"))?;
+        if cli.no_sandbox {
+            tracing::warn!("--no-sandbox: whoever takes this process over may do all that its user may");
+        } else {
+            crate::sandbox::close_file_system(cli).map_err(StartError::Confine)?;
+        }
         let workers = Workers::new(&Nodes::default())
             .map_err(|source| StartError::Kernel { what: "thread", source })?;
         let inherited = ports::inherited();
@@ -246,6 +255,7 @@ impl Daemon {
             resynced_at: None,
             judged: None,
             status: String::new(),
+            confined: !cli.no_sandbox,
             ending: false,
         };
         if daemon.mode != Mode::Normal {
@@ -300,6 +310,9 @@ impl Daemon {
         let inputs = self.instances.look(now());
         self.queue(inputs);
         self.turn();
+        if self.confined {
+            crate::sandbox::close_system_calls().map_err(StartError::Confine)?;
+        }
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         Ok(())
     }

@@ -17,6 +17,7 @@ pub mod orders;
 pub mod policy;
 pub mod policy_files;
 pub mod record;
+pub mod sandbox;
 pub mod sysfs;
 pub mod topology;
 pub mod uevent;
