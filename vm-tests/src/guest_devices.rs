@@ -130,6 +130,6 @@ impl Guest {
         let script = format!(
             "until [ $(awk '{{print $3}}' /sys/block/{name}/stat) -ge {sectors} ]; do usleep 10000; done"
         );
-        self.run_within(&script, Duration::from_secs(60)).map(drop)
+        self.run_within(&script, Duration::from_secs(180)).map(drop)
     }
 }

@@ -1,11 +1,15 @@
 //! How many virtual hosts run at once on this machine: the one place for that limit, shared by all test processes.
 
 use std::fs::{File, OpenOptions};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::image;
+
+/// Between two looks for a free slot; a virtual host runs for much longer.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// The right to run one virtual host; given back when dropped or when its process dies.
 pub struct Slot {
@@ -31,14 +35,16 @@ impl Slot {
                 .open(&path)
                 .with_context(|| format!("open {}", path.display()))
         };
-        for number in 0..count {
-            if let Ok(lock) = Flock::lock(open(number)?, FlockArg::LockExclusiveNonblock) {
-                return Ok(Self { _lock: lock });
+        // First come, first served: only one waiter at a time looks for a free one.
+        let _turn = image::lock(&cache.join("slot-queue.lock"))?;
+        loop {
+            for number in 0..count {
+                if let Ok(lock) = Flock::lock(open(number)?, FlockArg::LockExclusiveNonblock) {
+                    return Ok(Self { _lock: lock });
+                }
             }
+            // Nothing in the kernel waits for any one of several file locks.
+            std::thread::sleep(LOOK_AGAIN);
         }
-        // All are taken. Waiters spread over the slots; one that becomes free elsewhere first is not noticed.
-        let number = std::process::id() as usize % count;
-        let lock = Flock::lock(open(number)?, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
-        Ok(Self { _lock: lock })
     }
 }

@@ -58,13 +58,13 @@ fn pulled_during_a_copy(client: Client) -> Result<()> {
         let _policy = Usbpolicyd::start(host, POLICY)?;
         let _controller = Usbvfiod::start(host, "vm1")?;
         let guest = Guest::start(host, &client.guest("vm1"))?;
-        let stick = host.plug(UsbDevice::stick("stick1").size_mib(64))?;
+        let stick = host.plug(UsbDevice::stick("stick1").size_mib(32))?;
         let disk = guest.wait_disk(&stick)?;
 
         let copy = guest.start_copy(&disk, 1000)?;
         guest.wait_read_from(&disk, 4 << 20)?;
         pull_and_see(host, &guest, &stick)?;
-        let outcome = copy.finish(Duration::from_secs(30));
+        let outcome = copy.finish(Duration::from_secs(120));
         ensure!(outcome.is_err(), "a copy from a stick that was pulled succeeded: {outcome:?}");
 
         host.replug(&stick)?;
@@ -107,7 +107,7 @@ fn write_and_read_back(guest: &Guest, disk: &str) -> Result<()> {
              echo 3 > /proc/sys/vm/drop_caches; mount -t vfat -o ro {disk} /mnt; \
              [ \"$(sha256sum < /mnt/file)\" = \"$sum\" ]; umount /mnt"
         ),
-        Duration::from_secs(90),
+        Duration::from_secs(180),
     )?;
     progress("the guest wrote a file to the stick and read it back");
     Ok(())
