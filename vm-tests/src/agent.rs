@@ -37,11 +37,6 @@ pub fn find_port() -> Result<PathBuf> {
     }
     let console = PathBuf::from("/dev/hvc0");
     if console.exists() {
-        // A terminal would echo our own lines back and change line ends.
-        let status = Command::new("stty").args(["-F", "/dev/hvc0", "raw", "-echo"]).status();
-        if !status.is_ok_and(|status| status.success()) {
-            bail!("cannot make /dev/hvc0 raw");
-        }
         return Ok(console);
     }
     bail!("neither a virtio-serial port named {PORT_NAME} nor /dev/hvc0")
@@ -55,6 +50,14 @@ pub fn serve() -> Result<()> {
         .write(true)
         .open(&path)
         .with_context(|| format!("open {}", path.display()))?;
+    if nix::unistd::isatty(&port).unwrap_or(false) {
+        // A terminal would echo lines back, cut long ones and change their ends. Set on the open file: this driver forgets
+        // its settings when the last one closes it.
+        let status = Command::new("stty").args(["raw", "-echo"]).stdin(port.try_clone()?).status();
+        if !status.is_ok_and(|status| status.success()) {
+            bail!("cannot make {} raw", path.display());
+        }
+    }
     let reports = Reports(Arc::new(Mutex::new(port.try_clone().context("second handle of the port")?)));
     reports.send(&Report::Ready)?;
     let mut processes = HashMap::new();

@@ -109,7 +109,7 @@ fn usbpolicyd_killed_during_a_copy_harms_nothing() -> Result<()> {
 
         // And the new one does its work.
         host.unplug(&stick)?;
-        guest.wait_line_after(before, "USB disconnect", Duration::from_secs(5))?;
+        guest.wait_line_after(before, "USB disconnect", Duration::from_secs(20))?;
         host.replug(&stick)?;
         guest.check_content(&stick)
     })
@@ -131,11 +131,11 @@ fn a_reload_moves_nothing_that_did_not_change() -> Result<()> {
         let rounds = 4;
         let copy = guest.start_copy(&disk, rounds)?;
         policy.reload(host, &by_connector(&[(&steady, "vm1")]))?;
-        guest.wait_line_after(before, "USB disconnect", Duration::from_secs(10))?;
+        guest.wait_line_after(before, "USB disconnect", Duration::from_secs(30))?;
         wait_driver(host, &leaving, "usb-storage")?;
 
         policy.reload(host, "schema = 1\n[vms.vm1]\nnonsense = true\n")?;
-        policy.log().wait("*nonsense", Duration::from_secs(10))?;
+        policy.log().wait("nonsense", Duration::from_secs(30))?;
         ensure!(copy.is_running(), "the copy was over before the reloads were: make it longer");
         assert_eq!(copy.finish(Duration::from_secs(600))?, medium.sha256_repeated(rounds)?);
         assert_eq!(guest.kernel_log().all_after(before, "USB disconnect").len(), 1, "only one stick left");

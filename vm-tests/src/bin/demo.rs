@@ -107,10 +107,10 @@ fn tell(tale: &mut Tale, host: &Host) -> Result<()> {
     let (before, decisions) = (guest.here(), policy.log().here());
     let pulled = Instant::now();
     host.unplug(&stick)?;
-    let seen = guest.wait_line_after(before, "USB disconnect", Duration::from_secs(10))?;
+    let seen = guest.wait_line_after(before, "USB disconnect", Duration::from_secs(20))?;
     show(&seen.text);
     println!("              {:.0?} from the pull to this line", seen.at.duration_since(pulled));
-    guest.wait_path(&format!("!{disk}"), Duration::from_secs(10)).context("the disk stays in the guest")?;
+    guest.wait_path(&format!("!{disk}"), Duration::from_secs(60)).context("the disk stays in the guest")?;
     show(&policy.log().all_after(decisions, "").join("\n"));
 
     guest.stop()?;
