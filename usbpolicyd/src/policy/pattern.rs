@@ -93,32 +93,38 @@ impl Glob {
 
     /// Whether the whole of `text` fits. Time is bounded by length of glob times length of text.
     pub fn matches(&self, text: &str) -> bool {
-        let mut chars = text.chars().peekable();
-        if !self.steps.contains(&Step::AnyRun) {
-            let all = self.steps.iter().all(|step| chars.next().is_some_and(|one| self.fits(*step, one)));
-            return all && chars.peek().is_none();
-        }
-        let mut live = vec![false; self.steps.len() + 1];
-        live[0] = true;
-        self.skip_runs(&mut live);
-        for one in chars {
-            let mut next = vec![false; live.len()];
-            for (at, step) in self.steps.iter().enumerate() {
-                if live[at] && self.fits(*step, one) {
-                    next[if *step == Step::AnyRun { at } else { at + 1 }] = true;
+        let mut step = 0;
+        let mut rest = text.chars();
+        // Where the last run stands and what of the text it has not taken.
+        let mut run: Option<(usize, std::str::Chars<'_>)> = None;
+        loop {
+            match self.steps.get(step) {
+                Some(Step::AnyRun) => {
+                    step += 1;
+                    if step == self.steps.len() {
+                        return true;
+                    }
+                    run = Some((step, rest.clone()));
+                    continue;
                 }
+                Some(wanted) => match rest.next() {
+                    Some(one) if self.fits(*wanted, one) => {
+                        step += 1;
+                        continue;
+                    }
+                    Some(_) => {}
+                    None => return false,
+                },
+                None if rest.as_str().is_empty() => return true,
+                None => {}
             }
-            self.skip_runs(&mut next);
-            live = next;
-        }
-        live[self.steps.len()]
-    }
-
-    fn skip_runs(&self, live: &mut [bool]) {
-        for (at, step) in self.steps.iter().enumerate() {
-            if live[at] && *step == Step::AnyRun {
-                live[at + 1] = true;
+            // No fit: the last run takes one character more. What came before it need not be tried again.
+            let Some((after, from)) = &mut run else { return false };
+            if from.next().is_none() {
+                return false;
             }
+            step = *after;
+            rest = from.clone();
         }
     }
 
@@ -177,6 +183,9 @@ impl Glob {
 
 /// One lower-case character for one character, so that lengths stay equal.
 fn folded(one: char) -> char {
+    if one.is_ascii() {
+        return one.to_ascii_lowercase();
+    }
     let mut lower = one.to_lowercase();
     match (lower.next(), lower.next()) {
         (Some(only), None) => only,
@@ -416,6 +425,17 @@ mod tests {
     #[test]
     fn many_stars_do_not_take_exponential_time() {
         assert!(!glob("*a*a*a*a*a*a*a*a*a*a*a*a*b").matches(&"a".repeat(200)));
+    }
+
+    #[test]
+    fn runs_give_back_what_they_took_too_much() {
+        assert!(glob("*ab*b").matches("aabab"));
+        assert!(glob("a*b*c").matches("abcbc"));
+        assert!(glob("*?b").matches("bbb"));
+        assert!(!glob("a*b*c").matches("abcb"));
+        assert!(!glob("*ab").matches("aba"));
+        assert!(glob("**").matches(""));
+        assert!(!glob("?").matches(""));
     }
 
     #[test]

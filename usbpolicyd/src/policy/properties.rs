@@ -301,3 +301,36 @@ proptest! {
         let _ = load_one("policy.toml", &format!("schema = 1\n{broken}"));
     }
 }
+
+/// The plainest way to match a glob, in exponential time.
+fn slow_match(glob: &[char], text: &[char]) -> bool {
+    match (glob, text) {
+        ([], []) => true,
+        (['*', rest @ ..], _) => {
+            slow_match(rest, text) || matches!(text, [_, tail @ ..] if slow_match(glob, tail))
+        }
+        (['?', rest @ ..], [_, tail @ ..]) => slow_match(rest, tail),
+        ([one, rest @ ..], [other, tail @ ..]) if one == other => slow_match(rest, tail),
+        _ => false,
+    }
+}
+
+proptest! {
+    #[test]
+    fn glob_matches_what_its_definition_says(glob in "[ab*?]{1,7}", text in "[ab]{0,8}") {
+        let chars = |text: &str| text.chars().collect::<Vec<_>>();
+        let wanted = slow_match(&chars(&glob), &chars(&text));
+        prop_assert_eq!(super::pattern::Glob::new(&glob, false).unwrap().matches(&text), wanted);
+    }
+
+    #[test]
+    fn globs_that_match_one_text_overlap_and_covering_is_kept(
+        left in "[ab*?]{1,6}", right in "[ab*?]{1,6}", text in "[ab]{0,7}"
+    ) {
+        let (left, right) =
+            (super::pattern::Glob::new(&left, false).unwrap(), super::pattern::Glob::new(&right, false).unwrap());
+        let (in_left, in_right) = (left.matches(&text), right.matches(&text));
+        prop_assert!(!(in_left && in_right) || left.overlaps(&right));
+        prop_assert!(!(left.covers(&right) && in_right) || in_left);
+    }
+}
