@@ -144,6 +144,17 @@ fn generated_policy_is_clean_and_gives_each_free_and_harmless_device_to_the_vm()
 }
 
 #[test]
+fn named_hub_stands_for_what_is_plugged_into_it() {
+    let output = ctl(&data(), &["generate", "1-4", "2-4", "--vm", "lab", "--devices", "office-host.json"]);
+    golden(&data().join("golden/hub.generate"), &told(&output));
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("policy.toml"), &output.stdout).unwrap();
+    let snapshot = data().join("office-host.json");
+    let args = ["plan", "--devices", snapshot.to_str().unwrap(), "--policy", "policy.toml"];
+    golden(&data().join("golden/hub.plan"), &told(&ctl(dir.path(), &args)));
+}
+
+#[test]
 fn json_has_a_schema_name_in_every_offline_verb() {
     let office = root().join("policies/office.toml");
     let office = office.to_str().unwrap();

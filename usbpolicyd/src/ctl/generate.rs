@@ -29,7 +29,8 @@ pub(super) enum By {
 
 /// Write a policy that gives the plugged-in devices to a VM, to be read and cut down
 ///
-/// Hubs and what the host needs are left out. Without --by, a device is known by id and serial number if it has a serial
+/// Hubs and what the host needs are left out; a hub that is named as DEVICE stands for all that is plugged into it, now
+/// and later. Write one policy for each VM into /etc/usbpolicyd/policy.d to serve several. Without --by, a device is known by id and serial number if it has a serial
 /// number of its own, and by its port otherwise.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -62,11 +63,12 @@ pub(super) fn run(args: &Args, out: &mut dyn Write) -> anyhow::Result<Outcome> {
     let named =
         args.only.iter().map(|name| find(&snapshot, &none, name)).collect::<anyhow::Result<Vec<_>>>()?;
     let chosen = if named.is_empty() { snapshot.devices.iter().collect() } else { named };
-    out.write_all(policy(&snapshot, &chosen, args).as_bytes())?;
+    let with_hubs = !args.only.is_empty();
+    out.write_all(policy(&snapshot, &chosen, with_hubs, args).as_bytes())?;
     Ok(Outcome::Done)
 }
 
-fn policy(snapshot: &Snapshot, chosen: &[&DeviceFacts], args: &Args) -> String {
+fn policy(snapshot: &Snapshot, chosen: &[&DeviceFacts], with_hubs: bool, args: &Args) -> String {
     let mut text = format!("schema = 1\n\n[vms.{}]\n", args.vm);
     if args.with_deny {
         text.push_str(DENY);
@@ -74,6 +76,9 @@ fn policy(snapshot: &Snapshot, chosen: &[&DeviceFacts], args: &Args) -> String {
     let mut names: BTreeMap<String, u32> = BTreeMap::new();
     for device in chosen {
         if device.is_hub() {
+            if with_hubs {
+                hub(device, args, &mut names, &mut text);
+            }
             continue;
         }
         if let Some(used) = device.host_use.iter().find(|used| used.level == HostUseLevel::Protected) {
@@ -82,23 +87,29 @@ fn policy(snapshot: &Snapshot, chosen: &[&DeviceFacts], args: &Args) -> String {
             continue;
         }
         let _ = write!(text, "\n# {} {}", device.sys_name, title(device));
-        print::assign(&rule(snapshot, device, args, &mut names), &mut text);
+        let matches = matches(snapshot, device, args.by);
+        print::assign(&rule(unique(name(device), &mut names), matches, args), &mut text);
     }
     text
 }
 
-fn rule(
-    snapshot: &Snapshot,
-    device: &DeviceFacts,
-    args: &Args,
-    names: &mut BTreeMap<String, u32>,
-) -> AssignRule {
+/// A connector for the hub, and a rule for all below it.
+fn hub(device: &DeviceFacts, args: &Args, names: &mut BTreeMap<String, u32>, text: &mut String) {
+    let name = unique(name(device), names);
+    let connector = format!("below-{}", name.replace('.', "-"));
+    let _ = writeln!(text, "\n# what is plugged into {} {}", device.sys_name, title(device));
+    let _ = writeln!(text, "[connectors.{connector}]\nat = \"{}\"\nsubtree = true", device.connector);
+    let at = vec![PlaceRef::Named(connector)];
+    print::assign(&rule(name, Match { at, ..Match::default() }, args), text);
+}
+
+fn rule(name: String, matches: Match, args: &Args) -> AssignRule {
     AssignRule {
         origin: Origin { file: String::new(), line: 0, column: 0 },
-        name: Some(unique(name(device), names)),
+        name: Some(name),
         vms: vec![args.vm.clone()],
         vms_at: Spot::default(),
-        matches: matches(snapshot, device, args.by),
+        matches,
         mode: None,
         priority: 0,
         preempt: false,

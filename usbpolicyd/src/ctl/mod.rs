@@ -21,7 +21,7 @@ use clap::{Parser, Subcommand};
 
 /// Shows and steers which USB device goes to which virtual machine.
 #[derive(Debug, Parser)]
-#[command(name = "usbpolicyctl", version, about, max_term_width = 100, after_help = EXIT_HELP)]
+#[command(name = "usbpolicyctl", version, max_term_width = 80, after_help = EXIT_HELP)]
 pub struct Cli {
     #[command(subcommand)]
     verb: Verb,

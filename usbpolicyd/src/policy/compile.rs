@@ -174,6 +174,7 @@ struct Index {
     by_id: HashMap<(u16, u16), Vec<usize>>,
     by_vendor: HashMap<u16, Vec<usize>>,
     by_port: HashMap<PortAddress, Vec<usize>>,
+    by_subtree: HashMap<PortAddress, Vec<usize>>,
     others: Vec<usize>,
 }
 
@@ -249,6 +250,11 @@ impl CompiledPolicy {
         found.extend(self.index.by_vendor.get(&device.id.vendor).into_iter().flatten());
         for port in &device.connector.halves {
             found.extend(self.index.by_port.get(port).into_iter().flatten());
+            let mut above = (!self.index.by_subtree.is_empty()).then(|| port.clone());
+            while let Some(port) = above {
+                found.extend(self.index.by_subtree.get(&port).into_iter().flatten());
+                above = port.parent();
+            }
         }
         found.sort_unstable();
         found.dedup();
@@ -320,11 +326,14 @@ impl Index {
         let ports = clause
             .conditions
             .iter()
-            .find_map(|one| if let Condition::At(places) = one { exact_ports(places) } else { None });
+            .find_map(|one| if let Condition::At(places) = one { all_ports(places) } else { None });
         if let Some(exact) = ids.clone().find_map(|ids| exact_ids(ids)) {
             exact.into_iter().for_each(|id| self.by_id.entry(id).or_default().push(rule));
         } else if let Some(ports) = ports {
-            ports.into_iter().for_each(|port| self.by_port.entry(port).or_default().push(rule));
+            for (port, subtree) in ports {
+                let map = if subtree { &mut self.by_subtree } else { &mut self.by_port };
+                map.entry(port).or_default().push(rule);
+            }
         } else if let Some(vendors) = ids.clone().find_map(|ids| vendors(ids)) {
             vendors.into_iter().for_each(|vendor| self.by_vendor.entry(vendor).or_default().push(rule));
         } else {
@@ -333,14 +342,12 @@ impl Index {
     }
 }
 
-/// All ports of some places, if each is a plain connector.
-fn exact_ports(places: &[Place]) -> Option<Vec<PortAddress>> {
+/// All ports of some places and whether what is below them is meant, if the ports are known.
+fn all_ports(places: &[Place]) -> Option<Vec<(PortAddress, bool)>> {
     let mut ports = Vec::new();
     for place in places {
-        match (&place.at, place.subtree) {
-            (Where::Connector { connector, .. }, false) => ports.extend(connector.halves.iter().cloned()),
-            _ => return None,
-        }
+        let Where::Connector { connector, .. } = &place.at else { return None };
+        ports.extend(connector.halves.iter().map(|half| (half.clone(), place.subtree)));
     }
     Some(ports)
 }

@@ -279,6 +279,17 @@ proptest! {
     }
 
     #[test]
+    fn index_leaves_out_no_rule_that_matches(head in head(), rules in rules(), devices in devices()) {
+        let policy = compiled(&(head + &rules.concat()));
+        for device in &devices {
+            let candidates = policy.candidates(device);
+            for (number, rule) in policy.rules.iter().enumerate() {
+                prop_assert!(rule.matcher.test(device).is_none() || candidates.contains(&number));
+            }
+        }
+    }
+
+    #[test]
     fn printed_policy_decides_the_same(head in head(), rules in rules(), devices in devices()) {
         let policy = read(&(head + &rules.concat()));
         let printed = print::policy(&policy);
