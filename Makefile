@@ -26,7 +26,7 @@ check: setup
 
 # The daemons under test are built with optimisation: an emulated host is slow enough.
 vm-test: setup build
-	$(CARGO) test --release --locked -p vm-tests --tests -- --test-threads=1
+	$(CARGO) test --release --locked -p vm-tests --tests -- --test-threads=2
 
 test: check vm-test
 

@@ -23,6 +23,16 @@ impl Accel {
             Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max"],
         }
     }
+
+    /// Number of processors, for QEMU's `-smp`. One when emulated: Linux rewrites its own code while it runs (static
+    /// branches, `arch/x86/kernel/alternative.c text_poke_bp`), and QEMU lets another emulated processor run the
+    /// half-written instruction when this machine is busy. The kernel under test then dies of "Oops: int3".
+    pub fn processors(self) -> &'static str {
+        match self {
+            Self::Kvm => "2",
+            Self::Tcg => "1",
+        }
+    }
 }
 
 /// What to try, in this order. KVM is tried once per boot of this machine: it may be there and still be of no use.

@@ -149,7 +149,7 @@ impl Host {
             "-machine",
             "pc",
             "-smp",
-            "2",
+            accel.processors(),
         ]);
         qemu.args(accel.arguments());
         qemu.arg("-m").arg(format!("{}M", config.memory_mib));

@@ -17,13 +17,13 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// Waits for a free one. `VM_TESTS_PARALLEL` sets their number; by default one for each two processors, as a
-    /// virtual host keeps two busy.
+    /// Waits for a free one. `VM_TESTS_PARALLEL` sets their number; by default one for each processor, as an emulated
+    /// host keeps one busy.
     pub fn acquire() -> Result<Self> {
         let processors = std::thread::available_parallelism().map_or(2, usize::from);
         let count: usize = match std::env::var("VM_TESTS_PARALLEL") {
             Ok(number) => number.parse().context("VM_TESTS_PARALLEL is a number")?,
-            Err(_) => (processors / 2).max(1),
+            Err(_) => processors,
         };
         ensure!(count > 0, "VM_TESTS_PARALLEL must not be 0");
         let cache = image::cache_directory()?;
