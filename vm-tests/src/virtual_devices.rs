@@ -12,10 +12,13 @@ use crate::guest::Guest;
 use crate::host::Host;
 use crate::log::Mark;
 use crate::progress;
-use crate::remote::Process;
+use crate::remote::{Process, Remote};
 
 /// Enumeration on an emulated processor with its siblings busy; a fraction of a second elsewhere.
 const ENUMERATED_WITHIN: Duration = Duration::from_secs(30);
+
+/// From a plug in the host until a guest has the device, or from a pull until it has not.
+const SEEN_WITHIN: Duration = Duration::from_secs(60);
 
 /// An order is obeyed at once.
 const OBEYED_WITHIN: Duration = Duration::from_secs(20);
@@ -85,6 +88,21 @@ pub fn plug_gadget(host: &Host, name: &str, function: &str, speed: &str, argumen
 /// Pulls a gadget and forgets it.
 pub fn remove_gadget(host: &Host, name: &str) -> Result<()> {
     host.run(&format!("gadget down {name}")).map(drop)
+}
+
+/// A shell condition: a device with this `vendor:product` is there. Busybox has no `lsusb`.
+pub fn is_present(id: &str) -> String {
+    let short: Vec<&str> = id.split(':').map(|number| number.trim_start_matches('0')).collect();
+    format!("cat /sys/bus/usb/devices/*/uevent 2>/dev/null | grep -q '^PRODUCT={}/'", short.join("/"))
+}
+
+/// Waits until the kernel of a machine has a device with this `vendor:product` (or, with `!` before it, no longer has one).
+pub fn wait_id(machine: &Remote, id: &str) -> Result<()> {
+    let (negate, id) = id.strip_prefix('!').map_or(("", id), |id| ("! ", id));
+    // A condition in braces, so that the negation is that of the whole pipeline.
+    let script = format!("until {negate}{{ {}; }}; do busybox usleep 50000; done", is_present(id));
+    let ended = machine.run_within(&script, SEEN_WITHIN);
+    ended.map(drop).with_context(|| format!("waiting for {negate}{id}"))
 }
 
 /// Puts one of our programs into a guest, without its debug information: most of it, and the line is slow.

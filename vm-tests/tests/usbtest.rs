@@ -3,12 +3,22 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use vm_tests::scenarios::Client;
 use vm_tests::usbtest::{Call, Suite};
-use vm_tests::virtual_devices::{UsbIpDevice, plug_gadget, remove_gadget};
-use vm_tests::{Host, HostConfig, Remote, progress, scenario};
+use vm_tests::virtual_devices::{UsbIpDevice, install, plug_gadget, remove_gadget};
+use vm_tests::{Guest, Host, HostConfig, Remote, Usbpolicyd, Usbvfiod, on_each_client, progress, scenario};
 
 /// All calls of a suite, with every processor emulated and busy.
-const SUITE_WITHIN: Duration = Duration::from_secs(300);
+const SUITE_WITHIN: Duration = Duration::from_secs(600);
+
+/// The device goes to vm1.
+const POLICY: &str = r#"
+schema = 1
+[vms.vm1]
+[[assign]]
+vm = "vm1"
+match = { id = "0525:a4a0" }
+"#;
 
 /// A device and what of it is tested.
 struct Subject {
@@ -16,15 +26,6 @@ struct Subject {
     speed: &'static str,
     is_gadget: bool,
 }
-
-const SUBJECTS: &[Subject] = &[
-    Subject { suite: Suite::Bulk, speed: "high", is_gadget: true },
-    Subject { suite: Suite::Bulk, speed: "super", is_gadget: true },
-    Subject { suite: Suite::Isochronous, speed: "high", is_gadget: false },
-    Subject { suite: Suite::Interrupt, speed: "high", is_gadget: false },
-    Subject { suite: Suite::Isochronous, speed: "super", is_gadget: false },
-    Subject { suite: Suite::Interrupt, speed: "super", is_gadget: false },
-];
 
 impl Subject {
     fn suite_name(&self) -> &'static str {
@@ -79,7 +80,8 @@ fn run_suite(machine: &Remote, subject: &Subject) -> Result<Vec<Row>> {
     let load = format!("rmmod usbtest 2>/dev/null; modprobe usbtest alt={}", subject.alternate());
     machine.run(&load)?;
     // A second or less; the loop ends with the limit of the command.
-    machine.run("until ls -d /sys/bus/usb/drivers/usbtest/*:* >/dev/null 2>&1; do sleep 0.05; done")?;
+    machine
+        .run("until ls -d /sys/bus/usb/drivers/usbtest/*:* >/dev/null 2>&1; do busybox usleep 50000; done")?;
     let script = format!("usbtest-run --json --suite {}", subject.suite_name());
     let output = machine.try_run(&script, SUITE_WITHIN)?;
     machine.run("rmmod usbtest")?;
@@ -95,30 +97,69 @@ fn parse_row(line: &str) -> Result<Row> {
     Ok(Row { call, result, seconds: value["seconds"].as_f64().context("seconds")? })
 }
 
-fn print(rows: &[Row]) {
-    for Row { call: Call { case, iterations, length, vary, sglen }, result, seconds } in rows {
-        println!("{case:4} {iterations:6} {length:8} {vary:6} {sglen:6}   {result:12} {seconds:9.6}");
+/// Both results next to each other, and whether all is well.
+fn compare(host: &[Row], guest: &[Row], title: &str) -> Result<()> {
+    println!("{title}");
+    println!("case  times    bytes   vary  sglen   host          seconds   guest         seconds");
+    for (host, guest) in host.iter().zip(guest) {
+        let Call { case, iterations, length, vary, sglen } = host.call;
+        println!(
+            "{case:4} {iterations:6} {length:8} {vary:6} {sglen:6}   {:11} {:9.6}   {:11} {:9.6}",
+            host.result, host.seconds, guest.result, guest.seconds
+        );
     }
-}
-
-fn ensure_all_ok(rows: &[Row], title: &str) -> Result<()> {
-    let failed: Vec<_> = rows.iter().filter(|row| row.result != "ok").map(|row| row.call).collect();
-    ensure!(failed.is_empty(), "{title}: these failed: {failed:?}");
+    let failed =
+        |rows: &[Row]| rows.iter().filter(|row| row.result != "ok").map(|row| row.call).collect::<Vec<_>>();
+    // Without us in between: if this fails, a failure in a guest says nothing.
+    ensure!(failed(host).is_empty(), "{title}: these failed on the host itself: {:?}", failed(host));
+    ensure!(failed(guest).is_empty(), "{title}: these failed in the guest: {:?}", failed(guest));
     Ok(())
 }
 
-/// Without us in between: if this fails, a failure in a guest says nothing.
-#[test]
-fn every_case_passes_on_the_host_itself() -> Result<()> {
+/// The same device with the same calls, first on the host itself and then in a guest.
+fn on_host_and_in_guest(client: Client, subject: &Subject) -> Result<()> {
     scenario(&HostConfig::default(), |host| {
-        for subject in SUBJECTS {
-            let rows = subject.while_plugged(host, || run_suite(host.remote(), subject))?;
-            println!("{}, on the host itself", subject.title());
-            println!("case  times    bytes   vary  sglen   result         seconds");
-            print(&rows);
-            ensure_all_ok(&rows, &subject.title())?;
-            progress(&subject.title());
-        }
-        Ok(())
+        let of_host = subject.while_plugged(host, || run_suite(host.remote(), subject))?;
+        progress("the host is through");
+        let _policy = Usbpolicyd::start(host, POLICY)?;
+        let controller = Usbvfiod::start(host, "vm1")?;
+        let guest = Guest::start(host, &client.guest("vm1"))?;
+        install(&guest, "usbtest-run")?;
+        let of_guest = subject.while_plugged(host, || run_suite(guest.remote(), subject))?;
+        compare(&of_host, &of_guest, &subject.title())?;
+        controller.stop()
     })
+}
+
+on_each_client!(
+    bulk_at_high_speed,
+    bulk_at_superspeed,
+    isochronous_at_high_speed,
+    isochronous_at_superspeed,
+    interrupt_at_high_speed,
+    interrupt_at_superspeed,
+);
+
+fn bulk_at_high_speed(client: Client) -> Result<()> {
+    on_host_and_in_guest(client, &Subject { suite: Suite::Bulk, speed: "high", is_gadget: true })
+}
+
+fn bulk_at_superspeed(client: Client) -> Result<()> {
+    on_host_and_in_guest(client, &Subject { suite: Suite::Bulk, speed: "super", is_gadget: true })
+}
+
+fn isochronous_at_high_speed(client: Client) -> Result<()> {
+    on_host_and_in_guest(client, &Subject { suite: Suite::Isochronous, speed: "high", is_gadget: false })
+}
+
+fn isochronous_at_superspeed(client: Client) -> Result<()> {
+    on_host_and_in_guest(client, &Subject { suite: Suite::Isochronous, speed: "super", is_gadget: false })
+}
+
+fn interrupt_at_high_speed(client: Client) -> Result<()> {
+    on_host_and_in_guest(client, &Subject { suite: Suite::Interrupt, speed: "high", is_gadget: false })
+}
+
+fn interrupt_at_superspeed(client: Client) -> Result<()> {
+    on_host_and_in_guest(client, &Subject { suite: Suite::Interrupt, speed: "super", is_gadget: false })
 }
