@@ -215,6 +215,17 @@ fn what_the_host_needs_stays_until_it_is_free_and_orders_go_over_rules() -> Resu
         host.run("usbpolicyctl vm resume work")?;
         work.log().wait_after(mark, "holding *", SHORT)?;
 
+        // Plug something in and get its rule; see what is to be done on this host; look without the daemon.
+        let learn = host.spawn(&["usbpolicyctl", "learn", "--vm", "work"])?;
+        learn.log().wait("plug the device in now*", SHORT)?;
+        host.plug(UsbDevice::keyboard("keys").port("5"))?;
+        learn.log().wait("vm = \"work\"", SHORT)?;
+        let doctor = host.remote().try_run("usbpolicyctl doctor", SHORT)?;
+        println!("{}", doctor.transcript);
+        ensure!(doctor.status == 1 && doctor.transcript.contains("usbfs_memory_mb"), "{}", doctor.transcript);
+        let alone = host.run("usbpolicyctl list --no-daemon")?;
+        ensure!(alone.contains(&format!("{name} ")) && alone.contains("for work by sticks"), "{alone}");
+
         // Another user may not even look, and is told what is missing.
         let stranger = host
             .remote()

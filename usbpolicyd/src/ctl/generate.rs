@@ -88,7 +88,7 @@ fn policy(snapshot: &Snapshot, chosen: &[&DeviceFacts], with_hubs: bool, args: &
         }
         let _ = write!(text, "\n# {} {}", device.sys_name, title(device));
         let matches = matches(snapshot, device, args.by);
-        print::assign(&rule(unique(name(device), &mut names), matches, args), &mut text);
+        print::assign(&rule(unique(name(device), &mut names), matches, &args.vm), &mut text);
     }
     text
 }
@@ -100,14 +100,21 @@ fn hub(device: &DeviceFacts, args: &Args, names: &mut BTreeMap<String, u32>, tex
     let _ = writeln!(text, "\n# what is plugged into {} {}", device.sys_name, title(device));
     let _ = writeln!(text, "[connectors.{connector}]\nat = \"{}\"\nsubtree = true", device.connector);
     let at = vec![PlaceRef::Named(connector)];
-    print::assign(&rule(name, Match { at, ..Match::default() }, args), text);
+    print::assign(&rule(name, Match { at, ..Match::default() }, &args.vm), text);
 }
 
-fn rule(name: String, matches: Match, args: &Args) -> AssignRule {
+/// A rule that gives one device to a VM, as `learn` prints it.
+pub(super) fn rule_text(snapshot: &Snapshot, device: &DeviceFacts, vm: &VmName, by: Option<By>) -> String {
+    let mut text = format!("# {} {}", device.sys_name, title(device));
+    print::assign(&rule(name(device), matches(snapshot, device, by), vm), &mut text);
+    text
+}
+
+fn rule(name: String, matches: Match, vm: &VmName) -> AssignRule {
     AssignRule {
         origin: Origin { file: String::new(), line: 0, column: 0 },
         name: Some(name),
-        vms: vec![args.vm.clone()],
+        vms: vec![vm.clone()],
         vms_at: Spot::default(),
         matches,
         mode: None,

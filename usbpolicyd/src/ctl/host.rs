@@ -12,6 +12,7 @@ use super::online::Socket;
 use super::text::{self, escaped};
 use crate::admin::wire::{Reply, Request};
 use crate::facts::{DeviceFacts, SNAPSHOT_VERSION, Snapshot};
+use crate::guards::Guards;
 use crate::policy::compile::{CompiledPolicy, compile};
 use crate::policy::decide::Context;
 use crate::policy::load::{Source, load};
@@ -83,9 +84,7 @@ impl MaybeLive {
             }
             Err(error) => {
                 eprintln!("note: {error}");
-                eprintln!(
-                    "note: without the daemon, nothing is known of holders, orders and use by the host"
-                );
+                eprintln!("note: without the daemon, nothing is known of holders and orders");
             }
         }
         Ok(Host { snapshot, contexts })
@@ -182,7 +181,8 @@ pub(super) fn title(device: &DeviceFacts) -> String {
 
 /// This host, as sysfs shows it.
 pub(super) fn this_host() -> anyhow::Result<Snapshot> {
-    let scan = Sysfs::default().scan().context("cannot read /sys/bus/usb/devices")?;
+    let mut scan = Sysfs::default().scan().context("cannot read /sys/bus/usb/devices")?;
+    Guards::default().assess(&mut scan);
     let devices = scan.devices.into_iter().map(|present| present.facts).collect();
     Ok(Snapshot { version: SNAPSHOT_VERSION, topology: scan.topology, devices })
 }

@@ -7,9 +7,12 @@ use serde::Serialize;
 
 use super::online::Socket;
 use super::text::{WIDTH, escaped};
-use super::{Outcome, refused, text};
+use super::{Outcome, host, refused, text};
 use crate::admin::wire::{DeviceView, Reply, Request, State};
-use crate::policy::decide::Verdict;
+use crate::daemon::answer::device_view;
+use crate::facts::DeviceFacts;
+use crate::policy::decide::{Context, Verdict, decide};
+use crate::policy_files::Places;
 
 /// List the devices: who has each one, or why nobody does
 ///
@@ -18,6 +21,9 @@ use crate::policy::decide::Verdict;
 pub(super) struct Args {
     #[command(flatten)]
     socket: Socket,
+    /// Do not ask the daemon: show what the installed policy says of what sysfs shows
+    #[arg(long)]
+    no_daemon: bool,
     /// Only devices of this VM, or meant for it
     #[arg(long, value_name = "NAME")]
     vm: Option<String>,
@@ -42,15 +48,21 @@ struct Report<'a> {
 }
 
 pub(super) fn run(args: &Args, out: &mut dyn Write) -> anyhow::Result<Outcome> {
-    let (replies, result) = args.socket.call(&Request::List)?;
-    if let Err(text) = result {
-        return Ok(refused(&text));
-    }
-    let views = replies.into_iter().filter_map(|reply| match reply {
-        Reply::Device(view) => Some(*view),
-        _ => None,
-    });
+    let views: Vec<DeviceView> = if args.no_daemon {
+        without_daemon()?
+    } else {
+        let (replies, result) = args.socket.call(&Request::List)?;
+        if let Err(text) = result {
+            return Ok(refused(&text));
+        }
+        let views = replies.into_iter().filter_map(|reply| match reply {
+            Reply::Device(view) => Some(*view),
+            _ => None,
+        });
+        views.collect()
+    };
     let mut views: Vec<DeviceView> = views
+        .into_iter()
         .filter(|view| args.hubs || args.tree || args.json || !view.hub)
         .filter(|view| args.vm.as_ref().is_none_or(|vm| is_of(view, vm)))
         .collect();
@@ -58,6 +70,17 @@ pub(super) fn run(args: &Args, out: &mut dyn Write) -> anyhow::Result<Outcome> {
     print(&views, args.json, args.tree, args.long, out)?;
     let trouble = views.iter().any(is_trouble);
     Ok(if trouble { Outcome::Found } else { Outcome::Done })
+}
+
+/// What sysfs shows and the installed policy says; who has what is not known.
+fn without_daemon() -> anyhow::Result<Vec<DeviceView>> {
+    let snapshot = host::this_host()?;
+    let policy = host::compiled(&Places::default().read()?, &snapshot.topology)?;
+    let view = |facts: &DeviceFacts| {
+        let verdict = decide(&policy, facts, &Context::default());
+        device_view(facts, &policy, verdict, State::Unknown)
+    };
+    Ok(snapshot.devices.iter().map(view).collect())
 }
 
 fn print(
@@ -243,7 +266,6 @@ fn sort_key(name: &str) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::answer::device_view;
     use crate::facts::tests::stick;
     use crate::policy::compile::CompiledPolicy;
 

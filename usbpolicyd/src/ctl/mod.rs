@@ -3,10 +3,12 @@
 
 mod check;
 mod diff;
+mod doctor;
 mod events;
 mod explain;
 mod generate;
 mod host;
+mod learn;
 mod list;
 mod online;
 mod orders;
@@ -52,6 +54,8 @@ enum Verb {
     Diff(diff::DiffArgs),
     Generate(generate::Args),
     Snapshot(snapshot::Args),
+    Learn(learn::Args),
+    Doctor(doctor::Args),
 }
 
 /// How a verb ended.
@@ -113,6 +117,8 @@ fn run(cli: &Cli, out: &mut dyn Write) -> anyhow::Result<Outcome> {
         Verb::Diff(args) => diff::diff(args, out),
         Verb::Generate(args) => generate::run(args, out),
         Verb::Snapshot(args) => snapshot::run(args, out),
+        Verb::Learn(args) => learn::run(args, out),
+        Verb::Doctor(args) => doctor::run(args, out),
     }
 }
 
