@@ -7,7 +7,8 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use vm_tests::{Host, HostConfig, Process, UsbDevice, Usbpolicyd, scenario};
 
-const SHORT: Duration = Duration::from_secs(20);
+/// Long enough for a machine that runs many virtual hosts at once; each wait ends as soon as it can.
+const SHORT: Duration = Duration::from_secs(60);
 
 /// `work` gets what is in socket 1, `lab` what is in socket 2 and everything on a hub in socket 4. Ports are not claimed.
 const FREE_PORTS: &str = r#"
@@ -52,9 +53,9 @@ fn instance(host: &Host, vm: &str, manner: &[&str]) -> Result<Process> {
 /// Waits until a shell condition holds in the host.
 fn wait_until(host: &Host, condition: &str) -> Result<()> {
     let script = format!(
-        "for i in $(seq 200); do if {condition}; then exit 0; fi; busybox usleep 100000; done; exit 1"
+        "for i in $(seq 600); do if {condition}; then exit 0; fi; busybox usleep 100000; done; exit 1"
     );
-    host.run(&script).with_context(|| {
+    host.remote().run_within(&script, 2 * SHORT).with_context(|| {
         let list = host.run("usbpolicyctl list --long; usbpolicyctl log").unwrap_or_default();
         format!("waited for {condition}; now:\n{list}")
     })?;
