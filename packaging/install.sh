@@ -4,11 +4,12 @@
 #   packaging/install.sh            onto this machine, below /usr
 #   DESTDIR=/tmp/x packaging/install.sh     into a directory, for a package
 #
-# TARGET is cargo's target directory. Programs that are there are installed stripped when `strip` is.
+# TARGET is cargo's target directory, PROGRAMS the directory in it with the programs, if not release/. They are
+# installed stripped where `strip` is.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 destination=${DESTDIR:-}
-target=${TARGET:-${CARGO_TARGET_DIR:-$here/../target}}/release
+target=${PROGRAMS:-${TARGET:-${CARGO_TARGET_DIR:-$here/../target}}/release}
 
 for program in usbpolicyd usbpolicyctl usbvfiod; do
     if [ ! -x "$target/$program" ]; then
