@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::super::fixture::{Guest, IOC, command_trb, normal};
 use super::super::trb::Trb;
-use crate::urb::{Effect, OpError, OpId, PacketResult, TransferId, TransferKind, UrbStatus};
+use crate::urb::{Effect, OpError, OpId, PacketResult, Payload, TransferId, TransferKind, UrbStatus};
 
 /// Most effects of one input: all that one endpoint or a reset can start or take back.
 const EFFECTS_MAX: usize = 4096;
@@ -201,6 +201,11 @@ impl Machine {
                 Effect::Submit(request) => {
                     assert!(request.id.0 >> 16 > self.last, "ids are never used again");
                     self.last = request.id.0 >> 16;
+                    let bytes = match &request.payload {
+                        Payload::Guest(pieces) => pieces.iter().map(|piece| u64::from(piece.len)).sum(),
+                        Payload::Immediate { len, .. } => u64::from(*len),
+                    };
+                    assert_eq!(bytes, u64::from(request.len), "the payload is as long as the transfer");
                     assert!(
                         request.len <= 16 << 20 || matches!(request.kind, TransferKind::Isochronous { .. })
                     );
