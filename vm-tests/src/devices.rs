@@ -217,6 +217,9 @@ impl UsbDevice {
                     "drive": node, "serial": serial,
                 });
                 commands.push(("device_add", disk));
+                // QEMU leaves a hot-plugged UAS device off the bus until its disk is there.
+                let path = format!("/machine/peripheral/{}", self.name);
+                commands.push(("qom-set", json!({"path": path, "property": "attached", "value": true})));
             }
         }
         commands
