@@ -215,6 +215,7 @@ impl Link {
         let Some(configuration) = self.descriptors.configuration(self.configuration) else { return Ok(()) };
         let file = self.urbs.file();
         let mut first_error = Ok(());
+        let mut unknown = 0;
         for interface in configuration.interfaces() {
             if interface >= INTERFACES_MAX {
                 continue;
@@ -225,11 +226,12 @@ impl Link {
             };
             match claimed {
                 Ok(()) => self.claimed |= 1 << interface,
-                Err(Errno::ENOENT | Errno::EINVAL) => {
-                    warn!(interface, "the kernel does not know this interface")
-                }
+                Err(Errno::ENOENT | Errno::EINVAL) => unknown += 1,
                 Err(errno) => first_error = first_error.and(Err((interface, errno))),
             }
+        }
+        if unknown > 0 {
+            warn!(unknown, "the kernel does not know some of the interfaces");
         }
         first_error
     }
