@@ -154,6 +154,43 @@ fn named_hub_stands_for_what_is_plugged_into_it() {
     golden(&data().join("golden/hub.plan"), &told(&ctl(dir.path(), &args)));
 }
 
+/// Runs each `$ ` line of the manual's session again. Only `usbpolicyctl`, with its output into a file or not, and
+/// `cat` are there.
+#[test]
+fn session_in_the_manual_is_a_real_one() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::copy(data().join("two-of-each.json"), dir.path().join("host.json")).unwrap();
+    fs::create_dir(dir.path().join("policy.d")).unwrap();
+    let manual = fs::read_to_string(root().join("docs/user/first-policy.md")).unwrap();
+    let blocks: Vec<&str> =
+        manual.split("```console\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    assert!(blocks.len() >= 5);
+    for block in blocks {
+        let mut session = String::new();
+        for command in block.lines().filter_map(|line| line.strip_prefix("$ ")) {
+            session.push_str(&format!("$ {command}\n{}", typed(dir.path(), command)));
+        }
+        assert_eq!(session, block);
+    }
+}
+
+/// What a command line prints.
+fn typed(dir: &Path, command: &str) -> String {
+    let (command, file) = command.split_once(" > ").map_or((command, None), |(a, b)| (a, Some(b)));
+    let words: Vec<&str> = command.split(' ').collect();
+    let (program, args) = words.split_first().unwrap();
+    let printed = match *program {
+        "cat" => fs::read(dir.join(args[0])).unwrap(),
+        "usbpolicyctl" => ctl(dir, args).stdout,
+        other => panic!("{other} is no command of this session"),
+    };
+    if let Some(file) = file {
+        fs::write(dir.join(file), &printed).unwrap();
+        return String::new();
+    }
+    String::from_utf8(printed).unwrap()
+}
+
 #[test]
 fn json_has_a_schema_name_in_every_offline_verb() {
     let office = root().join("policies/office.toml");

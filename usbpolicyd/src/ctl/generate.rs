@@ -88,14 +88,15 @@ fn policy(snapshot: &Snapshot, chosen: &[&DeviceFacts], with_hubs: bool, args: &
         }
         let _ = write!(text, "\n# {} {}", device.sys_name, title(device));
         let matches = matches(snapshot, device, args.by);
-        print::assign(&rule(unique(name(device), &mut names), matches, &args.vm), &mut text);
+        let name = unique(name(device, &args.vm), &mut names);
+        print::assign(&rule(name, matches, &args.vm), &mut text);
     }
     text
 }
 
 /// A connector for the hub, and a rule for all below it.
 fn hub(device: &DeviceFacts, args: &Args, names: &mut BTreeMap<String, u32>, text: &mut String) {
-    let name = unique(name(device), names);
+    let name = unique(name(device, &args.vm), names);
     let connector = format!("below-{}", name.replace('.', "-"));
     let _ = writeln!(text, "\n# what is plugged into {} {}", device.sys_name, title(device));
     let _ = writeln!(text, "[connectors.{connector}]\nat = \"{}\"\nsubtree = true", device.connector);
@@ -106,7 +107,7 @@ fn hub(device: &DeviceFacts, args: &Args, names: &mut BTreeMap<String, u32>, tex
 /// A rule that gives one device to a VM, as `learn` prints it.
 pub(super) fn rule_text(snapshot: &Snapshot, device: &DeviceFacts, vm: &VmName, by: Option<By>) -> String {
     let mut text = format!("# {} {}", device.sys_name, title(device));
-    print::assign(&rule(name(device), matches(snapshot, device, by), vm), &mut text);
+    print::assign(&rule(name(device, vm), matches(snapshot, device, by), vm), &mut text);
     text
 }
 
@@ -150,9 +151,10 @@ fn matches(snapshot: &Snapshot, device: &DeviceFacts, by: Option<By>) -> Match {
     }
 }
 
-/// A name for the rule, from the product string as far as it has letters and digits.
-fn name(device: &DeviceFacts) -> String {
-    const NAME_MAX: usize = 32;
+/// A name for the rule, from VM and product string as far as that has letters and digits. The VM is in it so that the
+/// rules generated for another one, in another file, do not replace these.
+fn name(device: &DeviceFacts, vm: &VmName) -> String {
+    const NAME_MAX: usize = 24;
     let words = device.product.as_deref().unwrap_or_default();
     let mut name = String::new();
     for one in words.chars() {
@@ -161,11 +163,9 @@ fn name(device: &DeviceFacts) -> String {
             name.push(one);
         }
     }
-    let name = name.trim_end_matches('-');
-    if name.is_empty() {
-        format!("device-{:04x}-{:04x}", device.id.vendor, device.id.product)
-    } else {
-        name.to_owned()
+    match name.trim_end_matches('-') {
+        "" => format!("{vm}-{:04x}-{:04x}", device.id.vendor, device.id.product),
+        name => format!("{vm}-{name}"),
     }
 }
 
