@@ -59,7 +59,6 @@ const CALLS: &[(libc::c_long, Allow)] = &[
     (libc::SYS_inotify_add_watch, Allow::Any),
     // sysfs, procfs, the policy, its own files; Landlock says which.
     (libc::SYS_openat, Allow::Any),
-    (libc::SYS_openat2, Allow::Any),
     (libc::SYS_getdents64, Allow::Any),
     (libc::SYS_readlinkat, Allow::Any),
     #[cfg(target_arch = "x86_64")]

@@ -15,7 +15,7 @@ use std::time::Duration;
 use common::ids::BusAddress;
 use common::usbfs::{NotUsbfs, UsbfsFile};
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, fstat, major, minor};
 
 use crate::broker::Failure;
@@ -213,20 +213,23 @@ impl Nodes {
         file.set_configuration(value).map_err(|errno| kernel(&node, "setting the configuration", errno))
     }
 
+    /// Follows no symbolic link on the way. Not by `openat2`: `RestrictSUIDSGID=` of systemd makes it `ENOSYS`.
     fn open_fd(&self, address: BusAddress) -> Result<OwnedFd, NodeError> {
         let node = &self.path(address);
-        let flags = OFlag::O_DIRECTORY | OFlag::O_PATH | OFlag::O_CLOEXEC;
-        let root = nix::fcntl::open(&self.root, flags, Mode::empty())
-            .map_err(|errno| kernel(&self.root, "open", errno))?;
-        let how = OpenHow::new()
-            .flags(OFlag::O_RDWR | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV);
-        let below = format!("{:03}/{:03}", address.bus, address.device);
-        openat2(&root, below.as_str(), how).map_err(|errno| match errno {
+        let failed = |errno| match errno {
             Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => NodeError::Gone { node: node.to_owned() },
             Errno::EACCES | Errno::EPERM => NodeError::Denied { node: node.to_owned() },
             errno => kernel(node, "open", errno),
-        })
+        };
+        let directory = OFlag::O_DIRECTORY | OFlag::O_PATH | OFlag::O_CLOEXEC;
+        let root = nix::fcntl::open(&self.root, directory, Mode::empty())
+            .map_err(|errno| kernel(&self.root, "open", errno))?;
+        let bus = format!("{:03}", address.bus);
+        let bus =
+            openat(&root, bus.as_str(), directory | OFlag::O_NOFOLLOW, Mode::empty()).map_err(failed)?;
+        let device = format!("{:03}", address.device);
+        let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+        openat(&bus, device.as_str(), flags, Mode::empty()).map_err(failed)
     }
 
     /// All that comes before sending: open, verify, take the host's drivers off, make sure of a configuration. On
