@@ -12,7 +12,7 @@ use crate::progress;
 use crate::remote::{Process, Remote};
 
 /// Start of the VMM until the agent answers; 6 s on an idle machine.
-const BOOT_WITHIN: Duration = Duration::from_secs(300);
+const BOOT_WITHIN: Duration = Duration::from_secs(150);
 
 /// How a guest gets its USB devices, and from which VMM.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -38,7 +38,7 @@ const PROGRAMS: &[&str] = &[
 const CONNECT_WITHIN: Duration = Duration::from_secs(60);
 
 /// Start of the kernel until the agent answers; 5 s on an idle machine.
-const BOOT_WITHIN: Duration = Duration::from_secs(300);
+const BOOT_WITHIN: Duration = Duration::from_secs(150);
 
 /// The same where the processor is real and only its use is in doubt.
 const BOOT_WITHIN_KVM: Duration = Duration::from_secs(15);

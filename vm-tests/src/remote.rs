@@ -18,6 +18,15 @@ const INPUT_CHUNK: usize = 8 * 1024;
 /// [`Report::Ready`] on the line; no other report can end like this.
 const READY_LINE: &[u8] = b"\"ready\"\n";
 
+/// A machine died while it booted, or never came up.
+#[derive(Debug, thiserror::Error)]
+#[error("no agent in {machine}: {how} (limit {within:?})")]
+pub struct NoBoot {
+    machine: String,
+    how: &'static str,
+    within: Duration,
+}
+
 /// A machine that can run programs for us: the host under test, or a guest in it.
 #[derive(Clone)]
 pub struct Remote {
@@ -100,7 +109,7 @@ impl Remote {
         let (state, reached) = state;
         if reached.is_none() || state.boots <= boots {
             let how = if state.closed { "its machine ended" } else { "it did not come up in time" };
-            bail!("no agent in {}: {how} (limit {within:?})", self.shared.name);
+            return Err(NoBoot { machine: self.shared.name.clone(), how, within }.into());
         }
         Ok(())
     }
