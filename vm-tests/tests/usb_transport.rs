@@ -86,7 +86,6 @@ fn transport_serves_devices_that_follow_a_script() -> Result<()> {
 }
 
 #[test]
-#[ignore = "streams on a real kernel: not yet seen to pass, so it proves nothing"]
 fn transport_serves_streams() -> Result<()> {
     scenario(&HostConfig::default(), |host| {
         let disk = host.plug(UsbDevice::uas("disk1").port("3"))?;
