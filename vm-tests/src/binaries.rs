@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result, bail};
 
 /// What the host under test gets to run.
-const PACKAGES: &[&str] = &["usbpolicyd", "usbvfiod", "vm-tests"];
+const PACKAGES: &[&str] = &["packaging", "usbpolicyd", "usbvfiod", "vm-tests"];
 
 /// Directory with the built programs, up to date: `target/PROFILE` of the running test, or of `VM_TESTS_PROFILE`.
 ///
