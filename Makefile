@@ -2,11 +2,12 @@
 # make test    everything: format, lints, unit tests, scenarios on real kernels
 # make check   what needs no virtual machine, in a minute
 # make bench   speed, side by side with the host itself and QEMU's usb-host
+# make deb     a Debian package;  make install  into this system;  make man  manual and completions
 
 CARGO ?= cargo
 export CARGO_TERM_COLOR ?= auto
 
-.PHONY: all setup build check test vm-test demo bench
+.PHONY: all setup build check test vm-test demo bench man install deb
 
 all: build
 
@@ -35,3 +36,14 @@ demo: setup build
 
 bench: setup build
 	$(CARGO) run --release --locked --quiet -p vm-tests --bin bench
+
+# Man pages and completions, into target/made.
+man:
+	$(CARGO) run --release --locked --quiet -p packaging -- target/made
+
+# As root, into the running system; DESTDIR= for a package.
+install: build
+	packaging/install.sh
+
+deb: build
+	packaging/deb/build.sh target/deb
