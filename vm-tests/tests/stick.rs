@@ -102,7 +102,7 @@ fn pull_and_see(host: &Host, guest: &Guest, stick: &vm_tests::Plugged) -> Result
 fn write_and_read_back(guest: &Guest, disk: &str) -> Result<()> {
     guest.run_within(
         &format!(
-            "set -e; modprobe vfat; mkfs.vfat {disk}; mount -t vfat {disk} /mnt; \
+            "set -e; modprobe vfat; mkdosfs {disk}; mount -t vfat {disk} /mnt; \
              dd if=/dev/urandom of=/mnt/file bs=64k count=64 2>/dev/null; sum=$(sha256sum < /mnt/file); umount /mnt; \
              echo 3 > /proc/sys/vm/drop_caches; mount -t vfat -o ro {disk} /mnt; \
              [ \"$(sha256sum < /mnt/file)\" = \"$sum\" ]; umount /mnt"
