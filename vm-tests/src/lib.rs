@@ -43,7 +43,10 @@ pub use host::{Host, HostConfig};
 pub use log::{Log, Mark};
 pub use remote::{Ended, Process, Remote};
 
-/// How often a scenario is tried when the emulated machine itself fails, see [`is_emulator_trouble`].
+/// How often a scenario is tried. Two faults are known and not understood, each about once in thirty scenarios: a guest
+/// that hangs while it boots, and a guest whose first command to a stick is never answered (see the known faults in
+/// `docs/developer/vm-tests.md`). A second try, in a fresh host and told loudly, keeps them from hiding everything
+/// else; it goes when they are found. An assertion that fails is not tried again.
 const TRIES: usize = 2;
 
 /// Boots a host, runs a scenario in it, and prints what an engineer needs if it fails.
@@ -55,8 +58,8 @@ pub fn scenario(config: &HostConfig, body: impl Fn(&Host) -> Result<()>) -> Resu
         tried += 1;
         let outcome = try_scenario(config, &body);
         match outcome {
-            Ok(Err(error)) if tried < TRIES && is_emulator_trouble(&error) => {
-                eprintln!("{error:#}\nTRYING ONCE MORE: the emulated machine failed, not what runs on it");
+            Ok(Err(error)) if tried < TRIES => {
+                eprintln!("{error:#}\nTRYING ONCE MORE IN A FRESH HOST: see the known faults");
             }
             Ok(result) => return result,
             Err(panic) => std::panic::resume_unwind(panic),
@@ -74,13 +77,6 @@ fn try_scenario(config: &HostConfig, body: &impl Fn(&Host) -> Result<()>) -> std
         eprintln!("{}", host.report());
     }
     outcome
-}
-
-/// Whether a machine died or never came up. QEMU's emulation of a processor with SVM loses a guest at boot now and then
-/// (one of about thirty on a busy machine), with any VMM and with no device of ours attached. A fault of ours that
-/// keeps a guest from booting shows again in the second try, in a fresh host.
-fn is_emulator_trouble(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| cause.is::<remote::NoBoot>())
 }
 
 /// Tells a person what happens, with the seconds since the first such line; `cargo test` shows it for tests that fail.
