@@ -10,6 +10,7 @@ use serde_json::Value;
 use crate::guest::vfio_socket;
 use crate::host::Host;
 use crate::log::Log;
+use crate::patience::Deadline;
 use crate::progress;
 use crate::remote::{Ended, Process};
 
@@ -162,8 +163,8 @@ fn as_user(user: &str) -> Vec<String> {
 fn wait_socket(host: &Host, path: &str, process: &Process) -> Result<()> {
     let shown = format!("until [ -S {path} ]; do sleep 0.02; done");
     let waiting = host.remote().spawn(&["sh", "-c", &shown])?;
-    let deadline = std::time::Instant::now() + START_WITHIN;
-    while std::time::Instant::now() < deadline {
+    let deadline = Deadline::after(START_WITHIN);
+    while !deadline.is_over() {
         match waiting.wait(Duration::from_millis(250)) {
             Ok(_) => return Ok(()),
             Err(_) if process.is_running() => {}

@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 
+use crate::KERNEL_ARGUMENTS;
 use crate::agent;
 use crate::host::Host;
 use crate::log::{Line, Log, Mark};
@@ -205,9 +206,8 @@ impl Drop for Guest {
 fn command_line(host: &Host, config: &GuestConfig) -> Result<Vec<String>> {
     let kernel = format!("/boot/vmlinuz-{}", host.image().kernel_version);
     let initramfs = "/stage/guest.initramfs";
-    let arguments = "panic=-1 mitigations=off nokaslr no_timer_check random.trust_cpu=on loglevel=4";
     let size = format!("{}M", config.memory_mib);
-    let arguments = format!("console=ttyS0 {arguments} {}", config.kernel_arguments);
+    let arguments = format!("console=ttyS0 {KERNEL_ARGUMENTS} loglevel=4 {}", config.kernel_arguments);
     match &config.vmm {
         vmm @ (Vmm::CloudHypervisor { .. } | Vmm::CloudHypervisorPlain) => {
             if std::env::var_os("CLOUD_HYPERVISOR").is_none() {

@@ -4,7 +4,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -15,9 +15,10 @@ use crate::accel::{self, Accel};
 use crate::devices::{Controller, Plugged, UsbDevice};
 use crate::image::Image;
 use crate::log::Log;
+use crate::patience::Deadline;
 use crate::qmp::Qmp;
 use crate::remote::{Process, Remote};
-use crate::{agent, binaries, initramfs, progress};
+use crate::{KERNEL_ARGUMENTS, agent, binaries, initramfs, patience, progress};
 
 /// Programs that the host under test gets: ours, and those of this crate that run in it.
 const PROGRAMS: &[&str] = &[
@@ -154,10 +155,7 @@ impl Host {
         qemu.args(accel.arguments());
         qemu.arg("-m").arg(format!("{}M", config.memory_mib));
         qemu.arg("-kernel").arg(image.kernel()).arg("-initrd").arg(at("host.initramfs"));
-        qemu.arg("-append").arg(format!(
-            "console=ttyS0 panic=-1 mitigations=off nokaslr no_timer_check random.trust_cpu=on {}",
-            config.kernel_arguments
-        ));
+        qemu.arg("-append").arg(format!("console=ttyS0 {KERNEL_ARGUMENTS} {}", config.kernel_arguments));
         qemu.args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]);
         qemu.arg("-chardev").arg(format!("socket,id=qmp,path={}", at("qmp.sock").display()));
         qemu.args(["-mon", "chardev=qmp,mode=control"]);
@@ -182,6 +180,7 @@ impl Host {
             .stderr(Stdio::piped())
             .spawn()
             .context("start qemu-system-x86_64 (`vm-tests/setup.sh` installs it)")?;
+        patience::follow(qemu.id());
         let console = Log::new("console of the host");
         crate::follow(qemu.stdout.take(), &console);
         crate::follow(qemu.stderr.take(), &console);
@@ -191,6 +190,7 @@ impl Host {
         let (qmp, agent) = match connected {
             Ok(connected) => connected,
             Err(error) => {
+                patience::unfollow(qemu.id());
                 let _ = qemu.kill().and_then(|()| qemu.wait());
                 return Err(error);
             }
@@ -335,6 +335,7 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
+        patience::unfollow(self.qemu.id());
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
     }
@@ -343,8 +344,8 @@ impl Drop for Host {
 /// The connection QEMU makes to one of our sockets. It ends early when QEMU does.
 fn accept(listener: &UnixListener, qemu: &mut Child, console: &Log) -> Result<UnixStream> {
     use std::os::fd::AsFd;
-    let deadline = Instant::now() + CONNECT_WITHIN;
-    while Instant::now() < deadline {
+    let deadline = Deadline::after(CONNECT_WITHIN);
+    while !deadline.is_over() {
         let mut waiting = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
         if poll(&mut waiting, PollTimeout::from(100_u16)).context("wait for QEMU")? > 0 {
             return Ok(listener.accept()?.0);

@@ -1,6 +1,7 @@
 //! The two initramfs archives: one that mounts the root of the host under test, one that is the whole guest.
 
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result};
 
@@ -85,7 +86,7 @@ pub fn for_guest(image: &Image, agent: &Path) -> Result<Vec<u8>> {
         };
         add_file(&mut archive, &image.root.join(library), &place)?;
     }
-    add_file(&mut archive, agent, "bin/vm-agent")?;
+    archive.file("bin/vm-agent", &stripped(agent)?, true);
     let dependencies = image.dependencies()?;
     let mut wanted = GUEST_MODULES_AT_START.to_vec();
     // Some of these are built into one kernel and modules of another.
@@ -100,6 +101,16 @@ pub fn for_guest(image: &Image, agent: &Path) -> Result<Vec<u8>> {
     archive.file("load-at-start", GUEST_MODULES_AT_START.join(" ").as_bytes(), false);
     archive.file("init", include_bytes!("guest-init.sh"), true);
     Ok(archive.finish())
+}
+
+/// A program without its debug information, most of its size: an emulated guest takes seconds to unpack that.
+fn stripped(program: &Path) -> Result<Vec<u8>> {
+    let file = tempfile::NamedTempFile::new()?;
+    let status = Command::new("strip").arg("-o").arg(file.path()).arg(program).status();
+    // Without binutils it is only slower.
+    let small = status.is_ok_and(|status| status.success());
+    let from = if small { file.path() } else { program };
+    std::fs::read(from).with_context(|| format!("read {}", from.display()))
 }
 
 fn add_file(archive: &mut Archive, from: &Path, to: &str) -> Result<()> {

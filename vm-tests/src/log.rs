@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use crate::patience::Deadline;
+
 /// Lines kept; older ones are dropped, so that a chattering daemon cannot eat the memory of the test.
 const LINES_MAX: usize = 200_000;
 
@@ -92,7 +94,7 @@ impl Log {
 
     /// The first line behind `mark` that matches. `pattern`: pieces separated by `*`, found in this order anywhere in the line.
     pub fn wait_after(&self, mark: Mark, pattern: &str, within: Duration) -> Result<Line> {
-        let deadline = Instant::now() + within;
+        let deadline = Deadline::after(within);
         let mut state = self.state();
         let mut next = mark.0;
         loop {
@@ -103,7 +105,7 @@ impl Log {
                     return Ok(Line { text: text.clone(), at: *at, mark: Mark(next) });
                 }
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.left();
             if state.closed || left.is_zero() {
                 let why = if state.closed { "it ended".to_owned() } else { format!("{within:?} went by") };
                 drop(state);

@@ -4,10 +4,12 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
+
+use crate::patience::Deadline;
 
 /// How long QEMU may take to answer: it waits for its own global lock, which emulated processors hold at times.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
@@ -92,13 +94,13 @@ impl Qmp {
     }
 
     fn wait<T>(&self, within: Duration, mut take: impl FnMut(&mut State) -> Option<T>) -> Result<T> {
-        let deadline = Instant::now() + within;
+        let deadline = Deadline::after(within);
         let mut state = self.state();
         loop {
             if let Some(result) = take(&mut state) {
                 return Ok(result);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.left();
             if state.closed {
                 bail!("QEMU has ended");
             }

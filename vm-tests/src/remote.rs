@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::Signal;
 
 use crate::log::Log;
+use crate::patience::Deadline;
 use crate::protocol::{Report, Request, bytes_of, text_of};
 
 /// Bytes per message of input: keeps the lines short enough for any console.
@@ -196,11 +197,11 @@ impl Shared {
         within: Duration,
         mut done: impl FnMut(&mut State) -> Option<T>,
     ) -> (MutexGuard<'_, State>, Option<T>) {
-        let deadline = Instant::now() + within;
+        let deadline = Deadline::after(within);
         let mut state = self.state();
         loop {
             let result = done(&mut state);
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.left();
             if result.is_some() || left.is_zero() {
                 return (state, result);
             }
