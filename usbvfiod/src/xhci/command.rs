@@ -140,6 +140,9 @@ impl Controller {
 
     /// Runs what is on the command ring.
     pub(super) fn run_commands<M: GuestMem>(&mut self, io: &mut Io<'_, M>) {
+        if !self.commands.is_due() {
+            return;
+        }
         let mut reader = Reader::new(io.mem);
         let (mut commands, mut links) = (0, 0);
         while self.is_running()

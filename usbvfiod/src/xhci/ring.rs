@@ -8,8 +8,10 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::trb::{LINK, TRB_BYTES, Trb};
 use super::{DmaFault, GuestMem};
 
-/// TRBs read from guest memory at a time.
-const BATCH: usize = 16;
+/// TRBs read from guest memory at a time, when the first of a TD have shown that there are many.
+const BATCH: usize = 64;
+/// TRBs read first: most TDs are shorter.
+const FIRST_BATCH: usize = 16;
 /// A batch stays within a page, so that a ring at the end of a memory region can be read.
 const PAGE: u64 = 4096;
 
@@ -48,16 +50,24 @@ impl Cursor {
 ///
 /// Each TRB that is handed out was copied after its cycle bit had been seen valid, so a guest that writes the cycle bit
 /// last never shows us half a TRB, however many of them one copy takes.
+///
+/// A TRB that was seen not to be ours yet is not looked at again: the guest rings a doorbell behind it, and whoever hears
+/// that makes a new reader. Each copy can cost a system call.
 pub(super) struct Reader<'m, M> {
     mem: &'m M,
     base: u64,
+    /// TRBs of the last copy that are ours.
     valid: usize,
+    /// The one behind them was seen, and was not ours.
+    at_end: bool,
+    /// TRBs that the next copy takes.
+    ahead: usize,
     trbs: [Trb; BATCH],
 }
 
 impl<'m, M: GuestMem> Reader<'m, M> {
     pub(super) fn new(mem: &'m M) -> Self {
-        Self { mem, base: 0, valid: 0, trbs: [Trb::default(); BATCH] }
+        Self { mem, base: 0, valid: 0, at_end: false, ahead: FIRST_BATCH, trbs: [Trb::default(); BATCH] }
     }
 
     /// The TRB at `cursor`, none when the guest has not handed it over yet.
@@ -67,26 +77,35 @@ impl<'m, M: GuestMem> Reader<'m, M> {
             let trb = self.trbs[place];
             return Ok((trb.control().cycle() == cursor.cycle).then_some(trb));
         }
+        if self.at_end && cursor.at >= self.base && place == self.valid {
+            return Ok(None);
+        }
         self.load(cursor)?;
         Ok((self.valid > 0).then(|| self.trbs[0]))
     }
 
     fn load(&mut self, cursor: Cursor) -> Result<(), DmaFault> {
         let to_page_end = ((PAGE - cursor.at % PAGE) / TRB_BYTES) as usize;
-        let mut count = BATCH.min(to_page_end);
+        let mut count = self.ahead.min(to_page_end);
+        self.ahead = BATCH;
         self.base = cursor.at;
         self.valid = 0;
+        self.at_end = false;
         if self.copy(count).is_err() {
             count = 1;
             self.copy(count)?;
         }
-        count = self.owned(count, cursor.cycle);
-        if count == 0 {
+        let owned = self.owned(count, cursor.cycle);
+        // Behind a Link the ring goes on elsewhere.
+        let is_link = |trb: &Trb| trb.control().trb_type() == LINK;
+        self.at_end = owned > 0 && owned < count && !is_link(&self.trbs[owned - 1]);
+        if owned == 0 {
             return Ok(());
         }
         fence(Ordering::Acquire);
-        self.copy(count)?;
-        self.valid = self.owned(count, cursor.cycle);
+        self.copy(owned)?;
+        self.valid = self.owned(owned, cursor.cycle);
+        self.at_end &= self.valid == owned;
         Ok(())
     }
 
@@ -137,6 +156,50 @@ mod tests {
         assert_eq!(reader.fetch(first).unwrap().map(|t| t.parameter()), Some(1));
         assert_eq!(reader.fetch(first.next()).unwrap().map(|t| t.parameter()), Some(2));
         assert_eq!(reader.fetch(first.next().next()).unwrap(), None);
+    }
+
+    /// Guest memory that counts how often it is read.
+    struct Counted(Memory, std::cell::Cell<u32>);
+
+    impl GuestMem for Counted {
+        fn read(&self, addr: u64, buf: &mut [u8]) -> Result<(), DmaFault> {
+            self.1.set(self.1.get() + 1);
+            self.0.read(addr, buf)
+        }
+
+        fn write(&self, addr: u64, buf: &[u8]) -> Result<(), DmaFault> {
+            self.0.write(addr, buf)
+        }
+    }
+
+    #[test]
+    fn end_that_was_seen_is_not_read_again() {
+        let mem = Counted(Memory::new(0x3000), std::cell::Cell::new(0));
+        mem.0.put(0x1000, &normal(1, true));
+        let mut reader = Reader::new(&mem);
+        let first = Cursor { at: 0x1000, cycle: true };
+        assert!(reader.fetch(first).unwrap().is_some());
+        assert_eq!(reader.fetch(first.next()).unwrap(), None);
+        assert_eq!(mem.1.get(), 2, "once to see the cycle bit, once to copy");
+        mem.0.put(0x1010, &normal(2, true));
+        let mut behind_a_doorbell = Reader::new(&mem);
+        assert!(behind_a_doorbell.fetch(first.next()).unwrap().is_some());
+    }
+
+    #[test]
+    fn long_ring_is_read_with_few_copies() {
+        let mem = Counted(Memory::new(0x3000), std::cell::Cell::new(0));
+        let mut cursor = Cursor { at: 0x1000, cycle: true };
+        for number in 0..200 {
+            mem.0.put(0x1000 + number * TRB_BYTES, &normal(number, true));
+        }
+        let mut reader = Reader::new(&mem);
+        for number in 0..200 {
+            assert_eq!(reader.fetch(cursor).unwrap().map(|t| t.parameter()), Some(number));
+            cursor = cursor.next();
+        }
+        assert_eq!(reader.fetch(cursor).unwrap(), None);
+        assert!(mem.1.get() <= 8, "{} copies", mem.1.get());
     }
 
     #[test]
