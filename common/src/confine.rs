@@ -124,6 +124,8 @@ pub enum Allow {
     OneOf(u8, &'static [u32]),
     /// When none of the bits `.1` is set in argument `.0`.
     Without(u8, u32),
+    /// When argument `.0` is this process.
+    OnOurselves(u8),
 }
 
 /// Refuses with EPERM, in all threads of the process, every system call that is not in `table`. It cannot be undone.
@@ -142,6 +144,9 @@ pub fn seccomp(table: &[(libc::c_long, Allow)]) -> Result<(), ConfineError> {
                     .collect::<Result<_, _>>()?,
                 Allow::Without(argument, bits) => {
                     vec![condition(argument, SeccompCmpOp::MaskedEq(bits.into()), 0)?]
+                }
+                Allow::OnOurselves(argument) => {
+                    vec![condition(argument, SeccompCmpOp::Eq, std::process::id())?]
                 }
             };
             rules.entry(call).or_default().extend(conditions);

@@ -8,6 +8,7 @@
 //! fails), files shorter than the map, files shortened later (`backing`), and too many maps or files.
 
 mod backing;
+mod batch;
 
 use std::cell::Cell;
 use std::io;
@@ -17,7 +18,8 @@ use std::os::fd::OwnedFd;
 use nix::errno::Errno;
 
 use self::backing::{Backing, BackingFile, Pipe};
-use crate::urb::{DmaFault, GuestMem};
+use self::batch::Batch;
+use crate::urb::{DmaFault, GuestMem, Segment, used, whole};
 use crate::vfio_user::message::{DmaMap, DmaUnmap};
 
 /// Most maps at a time. Cloud Hypervisor maps virtio-mem block by block, so this allows 32 GiB of 2 MiB blocks; the
@@ -66,6 +68,7 @@ pub struct GuestMemory {
     last_hit: Cell<usize>,
     files: Vec<BackingFile>,
     pipe: Pipe,
+    batch: Batch,
     /// The operator was told about memory without a file.
     told: Cell<bool>,
 }
@@ -74,7 +77,14 @@ impl GuestMemory {
     /// Without any memory.
     pub fn new() -> io::Result<Self> {
         let pipe = Pipe::new()?;
-        Ok(Self { maps: Vec::new(), last_hit: Cell::new(0), files: Vec::new(), pipe, told: Cell::new(false) })
+        Ok(Self {
+            maps: Vec::new(),
+            last_hit: Cell::new(0),
+            files: Vec::new(),
+            pipe,
+            batch: Batch::new(),
+            told: Cell::new(false),
+        })
     }
 
     /// Takes memory from the client. Without a `file` the addresses are taken, but no access to them works.
@@ -244,6 +254,90 @@ impl GuestMem for GuestMemory {
         self.each_part(addr, buf.len(), Access::Write, |map, offset, part| {
             map.backing.write(offset, &buf[part], &self.pipe)
         })
+    }
+
+    fn gather(&self, pieces: &[Segment], buf: &mut [u8]) -> Result<(), DmaFault> {
+        self.copy_pieces(pieces, 0, Bytes::Into(buf))
+    }
+
+    fn scatter(&self, pieces: &[Segment], skip: usize, bytes: &[u8]) -> Result<(), DmaFault> {
+        self.copy_pieces(pieces, skip, Bytes::From(bytes))
+    }
+}
+
+/// Our side of a copy.
+enum Bytes<'a> {
+    /// Guest memory is read.
+    Into(&'a mut [u8]),
+    /// Guest memory is written.
+    From(&'a [u8]),
+}
+
+impl Bytes<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::Into(buf) => buf.len(),
+            Self::From(bytes) => bytes.len(),
+        }
+    }
+
+    fn access(&self) -> Access {
+        match self {
+            Self::Into(_) => Access::Read,
+            Self::From(_) => Access::Write,
+        }
+    }
+
+    /// Carries the batch out, which stands for this part of the bytes.
+    fn carry_out(&mut self, batch: &Batch, part: Range<usize>) -> io::Result<()> {
+        match self {
+            Self::Into(buf) => batch.read(&mut buf[part]),
+            Self::From(bytes) => batch.write(&bytes[part]),
+        }
+    }
+
+    fn copy(&mut self, backing: &Backing, offset: u64, part: Range<usize>, pipe: &Pipe) -> io::Result<()> {
+        match self {
+            Self::Into(buf) => backing.read(offset, &mut buf[part]),
+            Self::From(bytes) => backing.write(offset, &bytes[part], pipe),
+        }
+    }
+}
+
+impl GuestMemory {
+    fn copy_pieces(&self, pieces: &[Segment], skip: usize, mut bytes: Bytes<'_>) -> Result<(), DmaFault> {
+        let len = bytes.len();
+        let batches = pieces.len() > 1 && self.batch.works();
+        // How far we are, and from where on the bytes are those of the batch.
+        let (mut done, mut batched) = (0, 0);
+        for piece in used(pieces, skip, len) {
+            let copied =
+                self.each_part(piece.addr, piece.len as usize, bytes.access(), |map, offset, part| {
+                    let part = done + part.start..done + part.end;
+                    match map.backing.remote(offset).filter(|_| batches) {
+                        Some(place) => {
+                            if !self.batch.push(place, part.len()) {
+                                return Ok(());
+                            }
+                            bytes.carry_out(&self.batch, batched..part.end)?;
+                        }
+                        None => {
+                            bytes.carry_out(&self.batch, batched..part.start)?;
+                            bytes.copy(&map.backing, offset, part.clone(), &self.pipe)?;
+                        }
+                    }
+                    batched = part.end;
+                    Ok(())
+                });
+            if let Err(fault) = copied {
+                self.batch.forget();
+                return Err(fault);
+            }
+            done += piece.len as usize;
+        }
+        let rest = bytes.carry_out(&self.batch, batched..done);
+        rest.map_err(|_| DmaFault { addr: 0, len: done - batched })?;
+        whole(done, len)
     }
 }
 

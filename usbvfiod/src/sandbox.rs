@@ -60,6 +60,8 @@ const CALLS: &[(libc::c_long, Allow)] = &[
     (libc::SYS_read, Allow::Any),
     (libc::SYS_pread64, Allow::Any),
     (libc::SYS_pwrite64, Allow::Any),
+    (libc::SYS_process_vm_readv, Allow::OnOurselves(0)),
+    (libc::SYS_process_vm_writev, Allow::OnOurselves(0)),
     (libc::SYS_lseek, Allow::Any),
     (libc::SYS_write, Allow::Any),
     (libc::SYS_writev, Allow::Any),

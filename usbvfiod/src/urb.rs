@@ -252,4 +252,46 @@ pub trait GuestMem {
     fn read(&self, addr: u64, buf: &mut [u8]) -> Result<(), DmaFault>;
     /// Copies `buf` to guest physical `addr`.
     fn write(&self, addr: u64, buf: &[u8]) -> Result<(), DmaFault>;
+
+    /// Fills `buf` from `pieces`, one after the other. What is behind the end of `buf` is left alone; pieces that end
+    /// before it are a fault.
+    fn gather(&self, pieces: &[Segment], buf: &mut [u8]) -> Result<(), DmaFault> {
+        let mut done = 0;
+        for piece in used(pieces, 0, buf.len()) {
+            let end = done + piece.len as usize;
+            self.read(piece.addr, &mut buf[done..end])?;
+            done = end;
+        }
+        whole(done, buf.len())
+    }
+
+    /// Copies `bytes` to `pieces`, one after the other, from `skip` bytes into them. Pieces that end before the bytes do
+    /// are a fault, after what has room is copied.
+    fn scatter(&self, pieces: &[Segment], skip: usize, bytes: &[u8]) -> Result<(), DmaFault> {
+        let mut done = 0;
+        for piece in used(pieces, skip, bytes.len()) {
+            let end = done + piece.len as usize;
+            self.write(piece.addr, &bytes[done..end])?;
+            done = end;
+        }
+        whole(done, bytes.len())
+    }
+}
+
+/// The parts of `pieces` that hold `len` bytes from `skip` bytes into them. None of them is empty.
+pub fn used(pieces: &[Segment], skip: usize, len: usize) -> impl Iterator<Item = Segment> {
+    let (mut skip, mut left) = (skip, len);
+    pieces.iter().filter_map(move |piece| {
+        let skipped = skip.min(piece.len as usize);
+        skip -= skipped;
+        let part = left.min(piece.len as usize - skipped);
+        left -= part;
+        let addr = piece.addr.wrapping_add(skipped as u64);
+        (part > 0).then_some(Segment { addr, len: part as u32 })
+    })
+}
+
+/// A fault when fewer bytes had a place than there are.
+pub fn whole(done: usize, len: usize) -> Result<(), DmaFault> {
+    if done == len { Ok(()) } else { Err(DmaFault { addr: 0, len: len - done }) }
 }

@@ -60,9 +60,17 @@ fn forbidden_system_calls_are_refused() {
         ("mmap executable", libc::SYS_mmap, [0, 4096, libc::PROT_EXEC.into(), libc::MAP_PRIVATE.into()]),
         ("fcntl(F_DUPFD)", libc::SYS_fcntl, [0, libc::F_DUPFD.into(), 0, 0]),
         ("tgkill(SIGKILL)", libc::SYS_tgkill, [1, 1, libc::SIGKILL.into(), 0]),
+        ("process_vm_readv of another", libc::SYS_process_vm_readv, [1, 0, 0, 0]),
+        ("process_vm_writev of another", libc::SYS_process_vm_writev, [1, 0, 0, 0]),
     ] {
         assert_eq!(try_call(number, arguments), Err(Errno::EPERM), "{name}");
     }
+    let ourselves = libc::c_long::from(std::process::id());
+    assert_ne!(
+        try_call(libc::SYS_process_vm_writev, [ourselves, 0, 0, 0]),
+        Err(Errno::EPERM),
+        "our own memory"
+    );
     println!("all tried");
 }
 

@@ -1,11 +1,11 @@
 //! The bytes behind a piece of guest memory, reached without ever risking SIGBUS.
 //!
 //! A mapping of a file that its owner shortens kills whoever touches it. So a file is mapped only when it is sealed
-//! against shrinking (`F_SEAL_SHRINK`; QEMU's `memory-backend-memfd` is, by default), and all others are read and
-//! written by `pread` and `pwrite`, which answer with an error; there is no window between check and use. The payload
-//! is still copied once. The price is a system call for each access and two for a ring's record, which is small beside
-//! the socket round trips of the doorbell and the interrupt that it belongs to. A signal handler that maps zeros over
-//! the hole would save that for memory that is not sealed, and would need `unsafe` and a table shared with the loop.
+//! against shrinking (`F_SEAL_SHRINK`; QEMU's `memory-backend-memfd` is, by default), and all others (Cloud Hypervisor's)
+//! are reached by system calls, which answer with an error; there is no window between check and use. The payload is
+//! still copied once. One piece goes by `pread` and `pwrite`; payload in several pieces goes by one call for all of them,
+//! see [`super::batch`]. A signal handler that maps zeros over the hole would save the calls, and would need `unsafe` and
+//! a table shared with the loop; `docs/developer/speed.md` has the prices.
 //!
 //! hugetlbfs cannot be written by `pwrite` (`fs/hugetlbfs/inode.c` has no `write_iter`). There the bytes go through a
 //! pipe and `read` puts them into the mapping, so that the kernel meets the hole and says EFAULT.
@@ -98,8 +98,9 @@ pub(super) enum Backing {
     Unreachable,
     /// In a file that cannot shrink, mapped.
     Mapped(Arc<MmapRegion>),
-    /// In a file that could shrink; `start` is where the map begins in it.
-    File { file: BackingFile, start: u64 },
+    /// In a file that could shrink; `start` is where the map begins in it. The mapping is for the kernel alone, which
+    /// may meet a hole in it ([`super::batch`]); we never touch it.
+    File { file: BackingFile, start: u64, mapping: Option<Arc<MmapRegion>> },
     /// In huge pages that could shrink: read as a file, written through a pipe.
     HugeFile { file: BackingFile, start: u64, mapping: Arc<MmapRegion> },
 }
@@ -121,15 +122,24 @@ impl Backing {
             let region = MmapRegion::build(Some(offset), size, prot, libc::MAP_SHARED | libc::MAP_NORESERVE);
             region.map(Arc::new).map_err(|_| Errno::ENOMEM)
         };
-        let plain = || Self::File { file: file.clone(), start: map.offset };
-        if file.is_sealed {
+        match mapping() {
+            Ok(mapping) if file.is_sealed => Ok(Self::Mapped(mapping)),
+            Err(errno) if file.is_hugetlb && !file.is_sealed => Err(errno),
+            Ok(mapping) if file.is_hugetlb => {
+                Ok(Self::HugeFile { file: file.clone(), start: map.offset, mapping })
+            }
             // An offset that is not a multiple of the page size cannot be mapped, but still be read.
-            return Ok(mapping().map_or_else(|_| plain(), Self::Mapped));
+            mapping => Ok(Self::File { file: file.clone(), start: map.offset, mapping: mapping.ok() }),
         }
-        if file.is_hugetlb {
-            return Ok(Self::HugeFile { file: file.clone(), start: map.offset, mapping: mapping()? });
-        }
-        Ok(plain())
+    }
+
+    /// Where `offset` is in our address space, for the kernel to copy there by [`super::batch`]. None where a copy of
+    /// our own is better, or there is no such place.
+    pub(super) fn remote(&self, offset: u64) -> Option<usize> {
+        let (Self::File { mapping: Some(mapping), .. } | Self::HugeFile { mapping, .. }) = self else {
+            return None;
+        };
+        (mapping.as_ptr() as usize).checked_add(usize::try_from(offset).ok()?)
     }
 
     /// For the log. (`Debug` of a file looks into /proc, which the sandbox does not allow.)
@@ -147,14 +157,8 @@ impl Backing {
         match self {
             Self::Unreachable => Err(io::ErrorKind::NotFound.into()),
             Self::Mapped(region) => read_mapped(region, offset, buf),
-            Self::File { file, start } | Self::HugeFile { file, start, .. } => {
-                let at = start + offset;
-                if buf.len() == RECORD && at.is_multiple_of(RECORD as u64) {
-                    let (body, last) = buf.split_at_mut(RECORD_BODY);
-                    file.file.read_exact_at(last, at + RECORD_BODY as u64)?;
-                    return file.file.read_exact_at(body, at);
-                }
-                file.file.read_exact_at(buf, at)
+            Self::File { file, start, .. } | Self::HugeFile { file, start, .. } => {
+                file.file.read_exact_at(buf, start + offset)
             }
         }
     }
@@ -172,7 +176,7 @@ impl Backing {
             match self {
                 Self::Unreachable => return Err(io::ErrorKind::NotFound.into()),
                 Self::Mapped(_) => {}
-                Self::File { file, start } => file.file.write_all_at(part, start + at)?,
+                Self::File { file, start, .. } => file.file.write_all_at(part, start + at)?,
                 Self::HugeFile { mapping, .. } => pipe.copy(part, mapping, at)?,
             }
         }
@@ -181,6 +185,7 @@ impl Backing {
 }
 
 /// A record is read from its last dword backwards, so that a valid one is whole. Single dwords and qwords are not torn.
+/// (Rings do not count on it: [`crate::xhci`] reads a TRB again once it has seen that it is valid.)
 fn read_mapped(region: &MmapRegion, offset: u64, buf: &mut [u8]) -> io::Result<()> {
     let slice = region.get_slice(index(offset)?, buf.len()).map_err(io::Error::other)?;
     let is_aligned = |to: u64| offset.is_multiple_of(to);

@@ -231,3 +231,106 @@ proptest! {
         }
     }
 }
+
+/// Pages of guest memory that do not follow each other, each kind of backing among them.
+fn scattered() -> (GuestMemory, [File; 2], Vec<Segment>) {
+    let files = both_kinds(8 * PAGE);
+    let mut memory = memory();
+    memory.map(&rw(0, 8 * PAGE, 0), copy_of(&files[0])).expect("mapped");
+    memory.map(&rw(8 * PAGE, 8 * PAGE, 0), copy_of(&files[1])).expect("mapped");
+    let piece = |addr, len| Segment { addr, len };
+    // One of them crosses the border between the files, one is empty.
+    let pieces = vec![
+        piece(5 * PAGE, 4096),
+        piece(8 * PAGE - 100, 200),
+        piece(2 * PAGE + 7, 1),
+        piece(0, 0),
+        piece(10 * PAGE, 3000),
+        piece(3 * PAGE, 4096),
+    ];
+    (memory, files, pieces)
+}
+
+#[test]
+fn pieces_are_gathered_and_scattered_in_their_order() {
+    let (memory, _files, pieces) = scattered();
+    let len: u32 = pieces.iter().map(|piece| piece.len).sum();
+    let bytes: Vec<u8> = (0..len).map(|n| (n % 251) as u8).collect();
+
+    memory.scatter(&pieces, 0, &bytes).expect("scattered");
+
+    let mut back = vec![0; bytes.len()];
+    memory.gather(&pieces, &mut back).expect("gathered");
+    assert_eq!(back, bytes);
+    let mut at = 0;
+    for piece in &pieces {
+        let mut part = vec![0; piece.len as usize];
+        memory.read(piece.addr, &mut part).expect("read");
+        assert_eq!(part, bytes[at..at + part.len()], "{piece:?}");
+        at += part.len();
+    }
+}
+
+#[test]
+fn scattering_begins_behind_what_is_skipped() {
+    let (memory, _files, pieces) = scattered();
+    memory.scatter(&pieces, 4096 + 150, &[7; 60]).expect("scattered");
+    let mut data = [0; 52];
+    memory.read(8 * PAGE + 49, &mut data).expect("read");
+    assert_eq!((data[0], &data[1..51], data[51]), (0, &[7; 50][..], 0));
+    memory.read(2 * PAGE + 7, &mut data[..1]).expect("read");
+    assert_eq!(data[0], 7);
+    memory.read(10 * PAGE + 8, &mut data[..2]).expect("read");
+    assert_eq!(data[..2], [7, 0]);
+}
+
+#[test]
+fn pieces_that_end_too_early_are_a_fault() {
+    let (memory, _files, pieces) = scattered();
+    let len: usize = pieces.iter().map(|piece| piece.len as usize).sum();
+    assert!(memory.gather(&pieces, &mut vec![0; len + 1]).is_err());
+    assert!(memory.scatter(&pieces, 1, &vec![0; len]).is_err());
+    assert!(memory.scatter(&[], 0, &[]).is_ok());
+}
+
+#[test]
+fn piece_outside_of_memory_is_a_fault_and_leaves_nothing_for_the_next() {
+    let (memory, _files, mut pieces) = scattered();
+    pieces[4].addr = 1 << 40;
+    assert!(memory.scatter(&pieces, 0, &[9; 12000]).is_err());
+    let two = [Segment { addr: 0, len: 4 }, Segment { addr: PAGE, len: 4 }];
+    memory.scatter(&two, 0, &[1, 2, 3, 4, 5, 6, 7, 8]).expect("scattered");
+    let mut back = [0; 8];
+    memory.gather(&two, &mut back).expect("gathered");
+    assert_eq!(back, [1, 2, 3, 4, 5, 6, 7, 8]);
+}
+
+#[test]
+fn more_pieces_than_the_kernel_takes_at_once_are_copied() {
+    let memory = {
+        let mut memory = memory();
+        memory.map(&rw(0, 0x10_0000, 0), copy_of(&memfd(0x10_0000, SealFlag::empty()))).expect("mapped");
+        memory
+    };
+    let pieces: Vec<_> = (0..5000).map(|n| Segment { addr: (n * 7919) % 0x8_0000 * 2, len: 2 }).collect();
+    let bytes: Vec<u8> = (0..10_000_u32).map(|n| (n % 241) as u8).collect();
+    memory.scatter(&pieces, 0, &bytes).expect("scattered");
+    let mut back = vec![0; bytes.len()];
+    memory.gather(&pieces, &mut back).expect("gathered");
+    assert_eq!(back, bytes);
+}
+
+#[test]
+fn pieces_in_a_file_that_was_shortened_are_a_fault_and_no_signal() {
+    let file = memfd(4 * PAGE, SealFlag::empty());
+    let mut memory = memory();
+    memory.map(&rw(0, 4 * PAGE, 0), copy_of(&file)).expect("mapped");
+    let pieces = [Segment { addr: 0, len: 100 }, Segment { addr: 3 * PAGE, len: 100 }];
+    memory.scatter(&pieces, 0, &[1; 200]).expect("all there");
+    file.set_len(PAGE).expect("shortened");
+    assert!(memory.scatter(&pieces, 0, &[2; 200]).is_err());
+    assert!(memory.gather(&pieces, &mut [0; 200]).is_err());
+    let mut first = [0; 1];
+    memory.read(0, &mut first).expect("still there");
+    assert_eq!(first, [2]);
+}

@@ -35,27 +35,15 @@ pub(super) fn fill<M: GuestMem + ?Sized>(
     if request.is_in() {
         return Ok(());
     }
-    let mut rest = &mut data[..request.len as usize];
+    let data = &mut data[..request.len as usize];
     match &request.payload {
         Payload::Immediate { bytes, len } => {
-            let bytes = bytes.get(..rest.len()).filter(|bytes| bytes.len() == usize::from(*len));
-            rest.copy_from_slice(bytes.ok_or(DmaFault { addr: 0, len: rest.len() })?);
+            let bytes = bytes.get(..data.len()).filter(|bytes| bytes.len() == usize::from(*len));
+            data.copy_from_slice(bytes.ok_or(DmaFault { addr: 0, len: data.len() })?);
+            Ok(())
         }
-        Payload::Guest(segments) => {
-            for segment in segments {
-                let take = rest.len().min(segment.len as usize);
-                let (now, later) = rest.split_at_mut(take);
-                if take > 0 {
-                    mem.read(segment.addr, now)?;
-                }
-                rest = later;
-            }
-            if !rest.is_empty() {
-                return Err(DmaFault { addr: 0, len: rest.len() });
-            }
-        }
+        Payload::Guest(segments) => mem.gather(segments, data),
     }
-    Ok(())
 }
 
 /// Copies bytes to the guest's payload, from `offset` bytes into it.
@@ -63,24 +51,10 @@ pub(super) fn copy_to_guest<M: GuestMem + ?Sized>(
     mem: &M,
     payload: &Payload,
     offset: usize,
-    mut bytes: &[u8],
+    bytes: &[u8],
 ) -> Result<(), DmaFault> {
     let Payload::Guest(segments) = payload else { return Ok(()) };
-    let mut skip = offset;
-    for segment in segments {
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        let len = segment.len as usize;
-        if skip >= len {
-            skip -= len;
-            continue;
-        }
-        let (now, later) = bytes.split_at(bytes.len().min(len - skip));
-        mem.write(segment.addr.wrapping_add(skip as u64), now)?;
-        (bytes, skip) = (later, 0);
-    }
-    if bytes.is_empty() { Ok(()) } else { Err(DmaFault { addr: 0, len: bytes.len() }) }
+    mem.scatter(segments, offset, bytes)
 }
 
 /// Copies each packet to its place. A packet that came short leaves a hole.
