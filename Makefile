@@ -1,7 +1,7 @@
 # make demo    a stick plugged into a virtual host appears in a guest, step by step
 # make test    everything: format, lints, unit tests, scenarios on real kernels
 # make check   what needs no virtual machine, in a minute
-# make bench   speed, side by side with the host itself and QEMU's usb-host
+# make bench   speed, side by side with the host itself, QEMU's usb-host and others; see docs/developer/speed.md
 # make deb     a Debian package;  make install  into this system;  make man  manual and completions
 
 CARGO ?= cargo

@@ -32,7 +32,7 @@ const PROGRAMS: &[&str] = &[
     "gadget",
     "usbtest-run",
     "usb-stream",
-    "disk-speed",
+    "bench-probe",
 ];
 
 /// Start of QEMU until it connects to its sockets.
@@ -123,6 +123,9 @@ impl Host {
             if let Some(from) = std::env::var_os(variable).map(PathBuf::from) {
                 binaries::stage(&from, &share.join("bin").join(name)).context(variable)?;
             }
+        }
+        if let Some(peer) = std::env::var_os("PEER_USBVFIOD").map(PathBuf::from) {
+            binaries::stage(&peer.with_file_name("remote"), &share.join("bin/peer-remote"))?;
         }
         let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging");
         for file in ["sysusers.d/usbpolicyd.conf", "tmpfiles.d/usbpolicyd.conf", "udev/70-usbpolicyd.rules"] {

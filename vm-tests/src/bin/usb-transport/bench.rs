@@ -7,12 +7,15 @@ use anyhow::{Context, Result, bail, ensure};
 use common::usbfs::{UrbBuffer, UrbKind, UrbQueue, UsbfsFile};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{UsageWho, getrusage};
+use serde_json::json;
 use vm_tests::rig::{BULK_IN, BULK_OUT, CSW_AT, DATA_AT, Stick, bulk, open_node};
 
 /// Counted runs of each way; the median counts.
 const RUNS: usize = 5;
 /// Length of a run.
 const RUN_BYTES: u64 = 256 << 20;
+/// Length of a run of the bare loop alone.
+const BARE_BYTES: u64 = 512 << 20;
 
 /// Compares at a few transfer sizes. Prints one line for each: CPU per GB, and the ratio of the medians.
 pub(crate) fn compare(device: &str) -> Result<()> {
@@ -31,6 +34,18 @@ pub(crate) fn compare(device: &str) -> Result<()> {
             our_cpu / bare_cpu
         );
     }
+    Ok(())
+}
+
+/// The bare loop alone, 1 MiB at a time. Prints one JSON line.
+pub(crate) fn bare(device: &str) -> Result<()> {
+    let piece = 1 << 20;
+    let (cpu_per_gb, rate) = measure(BARE_BYTES, || run_bare(device, piece, BARE_BYTES))?;
+    let gigabytes = BARE_BYTES as f64 / 1e9;
+    let said = json!({
+        "bytes": BARE_BYTES, "seconds": gigabytes * 1e3 / rate, "cpu_seconds": cpu_per_gb * gigabytes,
+    });
+    println!("{said}");
     Ok(())
 }
 

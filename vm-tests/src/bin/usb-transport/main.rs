@@ -29,6 +29,7 @@ fn main() -> Result<()> {
         "control" => control(&device),
         "streams" => streams(&device),
         "bench" => bench::compare(&device),
+        "bare" => bench::bare(&device),
         "scripted" => scripted::check(&device),
         other => bail!("no check is called {other}"),
     }
