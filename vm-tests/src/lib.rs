@@ -53,6 +53,9 @@ pub(crate) const KERNEL_ARGUMENTS: &str =
 
 /// Boots a host, runs a scenario in it, and prints what an engineer needs if it fails.
 pub fn scenario(config: &HostConfig, body: impl Fn(&Host) -> Result<()>) -> Result<()> {
+    // Before a place is taken: a build on a busy machine takes longer than most scenarios.
+    progress("bringing the programs up to date");
+    binaries::directory()?;
     progress("waiting for a free place");
     let _slot = slots::Slot::acquire()?;
     let host = Host::boot(config)?;

@@ -46,6 +46,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
+    vm_tests::binaries::directory()?;
     let _slot = vm_tests::slots::Slot::acquire()?;
     // The image is made before the clock starts: that happens once.
     vm_tests::image::Image::get()?;

@@ -22,6 +22,25 @@ pub(crate) struct Moment {
     us: f64,
 }
 
+const DAY_US: f64 = 86_400e6;
+
+impl Moment {
+    /// The time at the start of a line that a daemon logged: `2026-01-31T12:34:56.123456Z`; the day is left out.
+    pub(crate) fn of_log_line(line: &str) -> Result<Self> {
+        let time = line.get(11..26).with_context(|| format!("no time in {line}"))?;
+        let mut us = 0.0;
+        for (part, unit) in time.split(':').zip([3600e6, 60e6, 1e6]) {
+            us += part.parse::<f64>().with_context(|| format!("no time in {line}"))? * unit;
+        }
+        Ok(Self { us })
+    }
+
+    /// Time to a moment of the same machine whose day is not known.
+    pub(crate) fn ms_until_on_same_day(self, later: Self) -> f64 {
+        (later.us - self.us).rem_euclid(DAY_US) / 1e3
+    }
+}
+
 /// How the clock of one machine stands to ours.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Offset {

@@ -114,8 +114,8 @@ pub(crate) struct Contender<'h> {
     pub(crate) plugged: Option<Plugged>,
     /// In the host.
     pid: Option<u32>,
-    /// Held so that they run.
-    _controller: Option<Usbvfiod>,
+    pub(crate) controller: Option<Usbvfiod>,
+    /// Held so that it runs.
     _peer: Option<Process>,
 }
 
@@ -185,7 +185,7 @@ impl<'h> Contender<'h> {
             None => None,
         };
         let mut contender =
-            Self { way, host, guest, clock: None, plugged: None, pid, _controller: controller, _peer: peer };
+            Self { way, host, guest, clock: None, plugged: None, pid, controller, _peer: peer };
         if way != Way::Bare {
             contender.clock = Some(Clock::start(contender.machine())?);
         }

@@ -16,7 +16,7 @@ use serde_json::Value;
 use vm_tests::virtual_devices::UsbIpDevice;
 use vm_tests::{Host, HostConfig, Usbpolicyd, progress, slots};
 
-use clock::Clock;
+use clock::{Clock, Moment};
 use contender::{Contender, Kind, Way};
 use table::{Quantity, Table};
 
@@ -63,6 +63,7 @@ impl Arguments {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
+    vm_tests::binaries::directory()?;
     progress("waiting for a free place");
     let _slot = slots::Slot::acquire()?;
     let host = Host::boot(&HostConfig { memory_mib: 4096, ..HostConfig::default() })?;
@@ -160,6 +161,7 @@ impl<'h> Bench<'h> {
         self.each(Quantity::Plug, |contender, clock, table| {
             let host_mark = clock.here();
             let guest_mark = contender.clock.as_ref().map(Clock::here);
+            let controller_mark = contender.controller.as_ref().map(|controller| controller.log().here());
             contender.plug(kind)?;
             let name = contender.kernel_name()?;
             if kind != Kind::Keyboard && contender.way != Way::Bare {
@@ -171,6 +173,11 @@ impl<'h> Bench<'h> {
             {
                 let had = clock.wait(host_mark, &format!("usb {name}: New USB device found"), SEEN_WITHIN)?;
                 let seen = guest_clock.wait(guest_mark, "Port change event", SEEN_WITHIN)?;
+                if let Some((controller, mark)) = contender.controller.as_ref().zip(controller_mark) {
+                    let line = controller.log().wait_after(mark, "device attached", SEEN_WITHIN)?;
+                    let attached = Moment::of_log_line(&line.text)?;
+                    table.add(Quantity::Handover, contender.name(), had.ms_until_on_same_day(attached));
+                }
                 table.add(Quantity::Plug, contender.name(), clock.ms_until(had, seen, guest_clock)?);
             }
             Ok(())

@@ -19,12 +19,13 @@ pub(crate) enum Quantity {
     CpuWrite,
     Resident,
     IdleWakeUps,
+    Handover,
     Plug,
     Pull,
 }
 
 impl Quantity {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::SequentialRead,
         Self::SequentialWrite,
         Self::RandomRead,
@@ -34,6 +35,7 @@ impl Quantity {
         Self::CpuWrite,
         Self::Resident,
         Self::IdleWakeUps,
+        Self::Handover,
         Self::Plug,
         Self::Pull,
     ];
@@ -49,6 +51,7 @@ impl Quantity {
             Self::CpuWrite => "processor time of the USB process while writing (s/GB)",
             Self::Resident => "memory of the USB process, without guest memory (MiB)",
             Self::IdleWakeUps => "wake-ups of the USB process in 10 s, keyboard attached and idle",
+            Self::Handover => "host has the device → usbvfiod has it, by udev and usbpolicyd (ms)",
             Self::Plug => "host has the device → port change in the guest (ms)",
             Self::Pull => "host has lost the device → disconnect in the guest (ms)",
         }
