@@ -23,6 +23,10 @@ const DISK_TRIES: u32 = 150;
 /// The same on a busy machine.
 const DISK_WITHIN: Duration = Duration::from_secs(180);
 
+/// Functions of the guest's driver.
+const DOORBELL: &str = "xhci_ring_ep_doorbell";
+const INTERRUPT: &str = "xhci_irq";
+
 const PEER_SOCKET: &str = "/run/peer.sock";
 const PEER_HOTPLUG_SOCKET: &str = "/run/peer-hotplug.sock";
 
@@ -305,6 +309,34 @@ impl<'h> Contender<'h> {
         Ok(Some(format!(
             "untraced: {untraced}, user and system time in 10 ms from {before} to {after}\ntraced: {traced}\n{calls}"
         )))
+    }
+
+    /// How long the guest's driver takes for a doorbell (a register write and a read) and for an interrupt (three reads and
+    /// three writes) while it reads at random: median in µs and count of each.
+    pub(crate) fn register_times(&self, seconds: f64, within: Duration) -> Result<Option<String>> {
+        if self.guest.is_none() {
+            return Ok(None);
+        }
+        let disk = self.disk()?;
+        let script = format!(
+            "cd /sys/kernel/debug/tracing && echo 0 > tracing_on && echo > trace && \
+             echo {DOORBELL} {INTERRUPT} > set_ftrace_filter && echo function_graph > current_tracer && \
+             echo 1 > tracing_on && bench-probe disk {disk} random --seconds {seconds} >&2; echo 0 > tracing_on; \
+             sed -n 's/.*[^0-9.]\\([0-9.]*\\) us *|.*\\({DOORBELL}\\|{INTERRUPT}\\).*/\\2 \\1/p' trace | head -n 4000; \
+             echo nop > current_tracer; echo > set_ftrace_filter"
+        );
+        let text = self.machine().run_within(&script, within)?;
+        let of = |function: &str| {
+            let lines = text.lines().filter_map(|line| line.strip_prefix(function));
+            let mut times: Vec<f64> = lines.filter_map(|time| time.trim().parse().ok()).collect();
+            times.sort_by(f64::total_cmp);
+            format!(
+                "{function} {:.0} µs ({} times)",
+                times.get(times.len() / 2).copied().unwrap_or_default(),
+                times.len()
+            )
+        };
+        Ok(Some(format!("{}, {}", of(DOORBELL), of(INTERRUPT))))
     }
 
     /// Memory that is its own: anonymous, and its program. Guest memory is shared, transfer memory not counted by Linux.

@@ -225,6 +225,12 @@ impl<'h> Bench<'h> {
             });
         }
         if self.arguments.calls {
+            self.each(Quantity::RandomRead, |contender, _, _| {
+                if let Some(times) = contender.register_times(seconds, WITHIN)? {
+                    println!("{}: {times}", contender.name());
+                }
+                Ok(())
+            });
             for mode in ["read", "write", "random"] {
                 self.each(Quantity::SequentialRead, |contender, _, _| {
                     if let Some(calls) = contender.system_calls(mode, seconds, WITHIN)? {
