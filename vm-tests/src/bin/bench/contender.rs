@@ -13,10 +13,11 @@ use super::clock::Clock;
 
 /// The names that others are compared with.
 pub(crate) const USB_HOST: &str = "QEMU usb-host";
+pub(crate) const BARE: &str = "a bare usbfs loop in the host";
 pub(crate) const PEER: &str = "Cyberus usbvfiod, Cloud Hypervisor";
 
-/// Sockets that are in use, see [`Way::socket`].
-pub(crate) const SOCKETS: u8 = 6;
+/// The last socket of one that has a serial adapter, see [`Way::socket`].
+pub(crate) const SOCKETS: u8 = 5;
 
 /// Looks for a disk, five in a second at most.
 const DISK_TRIES: u32 = 150;
@@ -37,6 +38,8 @@ pub(crate) enum Way {
     Host,
     /// A loop on usbfs in the host, without a guest: the least that any pass-through by usbfs costs.
     Bare,
+    /// Our transport in the host, driven by a loop instead of a controller.
+    Transport,
     UsbHost,
     Peer,
     Ours(Client),
@@ -45,7 +48,7 @@ pub(crate) enum Way {
 impl Way {
     /// All that can run here.
     pub(crate) fn available() -> Vec<Self> {
-        let mut ways = vec![Self::Host, Self::Bare, Self::UsbHost, Self::Ours(Client::Qemu)];
+        let mut ways = vec![Self::Host, Self::Bare, Self::Transport, Self::UsbHost, Self::Ours(Client::Qemu)];
         if std::env::var_os("CLOUD_HYPERVISOR").is_some() {
             ways.push(Self::Ours(Client::CloudHypervisor));
             if std::env::var_os("PEER_USBVFIOD").is_some() {
@@ -58,12 +61,18 @@ impl Way {
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Host => "the host itself",
-            Self::Bare => "a bare usbfs loop in the host",
+            Self::Bare => BARE,
+            Self::Transport => "our transport without a guest",
             Self::UsbHost => USB_HOST,
             Self::Peer => PEER,
             Self::Ours(Client::Qemu) => "ours, QEMU",
             Self::Ours(Client::CloudHypervisor) => "ours, Cloud Hypervisor",
         }
+    }
+
+    /// Whether it is a program that reads its device by usbfs, without drivers above it.
+    pub(crate) const fn is_loop(self) -> bool {
+        matches!(self, Self::Bare | Self::Transport)
     }
 
     /// The socket of the host's controller, 1 and up, which is also its port of `vhci_hcd`.
@@ -75,13 +84,14 @@ impl Way {
             Self::Ours(Client::Qemu) => 4,
             Self::Ours(Client::CloudHypervisor) => 5,
             Self::Bare => 6,
+            Self::Transport => 7,
         }
     }
 
     /// Name of the VM, also for the policy.
     const fn vm(self) -> &'static str {
         match self {
-            Self::Host | Self::Bare => "",
+            Self::Host | Self::Bare | Self::Transport => "",
             Self::UsbHost => "usbhost",
             Self::Peer => "peer",
             Self::Ours(Client::Qemu) => "vm1",
@@ -92,7 +102,7 @@ impl Way {
     /// A regular expression for the command line of the process that moves the data, in the host.
     const fn process(self) -> Option<&'static str> {
         match self {
-            Self::Host | Self::Bare => None,
+            Self::Host | Self::Bare | Self::Transport => None,
             Self::UsbHost => Some("^qemu-system-x86_64.*usb-host"),
             Self::Peer => Some("^peer-usbvfiod"),
             Self::Ours(Client::Qemu) => Some("^usbvfiod .*/run/usbvfiod/vm1/"),
@@ -148,7 +158,7 @@ impl<'h> Contender<'h> {
     pub(crate) fn start(host: &'h Host, way: Way, vhci_bus: u32) -> Result<Self> {
         let (mut controller, mut peer) = (None, None);
         let config = match way {
-            Way::Host | Way::Bare => None,
+            Way::Host | Way::Bare | Way::Transport => None,
             Way::UsbHost => {
                 let port = way.socket();
                 let devices = [1, 2, vhci_bus].map(|bus| format!("hostbus={bus},hostport={port}")).to_vec();
@@ -190,7 +200,7 @@ impl<'h> Contender<'h> {
         };
         let mut contender =
             Self { way, host, guest, clock: None, plugged: None, pid, controller, _peer: peer };
-        if way != Way::Bare {
+        if !way.is_loop() {
             contender.clock = Some(Clock::start(contender.machine())?);
         }
         Ok(contender)

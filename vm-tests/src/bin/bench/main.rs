@@ -124,7 +124,7 @@ impl<'h> Bench<'h> {
         if self.arguments.has_part("stick") {
             self.sticks()?;
         }
-        self.contenders.retain(|contender| contender.way != Way::Bare);
+        self.contenders.retain(|contender| !contender.way.is_loop());
         if self.arguments.has_part("uas") {
             self.attached_disks()?;
         }
@@ -164,7 +164,7 @@ impl<'h> Bench<'h> {
             let controller_mark = contender.controller.as_ref().map(|controller| controller.log().here());
             contender.plug(kind)?;
             let name = contender.kernel_name()?;
-            if kind != Kind::Keyboard && contender.way != Way::Bare {
+            if kind != Kind::Keyboard && !contender.way.is_loop() {
                 contender.disk()?;
             }
             // The peer waits for a person.
@@ -210,7 +210,7 @@ impl<'h> Bench<'h> {
                 transfer(contender, "read", seconds, Quantity::SequentialRead, Quantity::CpuRead, table)
             });
             self.each(Quantity::SequentialWrite, |contender, _, table| match contender.way {
-                Way::Bare => Ok(()),
+                way if way.is_loop() => Ok(()),
                 _ => transfer(
                     contender,
                     "write",
@@ -319,8 +319,9 @@ fn transfer(
     table: &mut Table,
 ) -> Result<()> {
     let before = contender.cpu_seconds()?;
-    let said = if contender.way == Way::Bare {
-        contender.script(&format!("usb-transport bare {}", contender.kernel_name()?), WITHIN)?
+    let said = if contender.way.is_loop() {
+        let which = if contender.way == Way::Bare { "bare" } else { "alone" };
+        contender.script(&format!("usb-transport {which} {}", contender.kernel_name()?), WITHIN)?
     } else {
         let disk = contender.disk()?;
         contender.probe(&format!("disk {disk} {mode} --seconds {seconds}"), WITHIN)?
@@ -344,7 +345,7 @@ fn random(
     quantity: Quantity,
     table: &mut Table,
 ) -> Result<()> {
-    if contender.way == Way::Bare {
+    if contender.way.is_loop() {
         return Ok(());
     }
     let disk = contender.disk()?;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use vm_tests::progress;
 
-use super::contender::{PEER, USB_HOST};
+use super::contender::{BARE, PEER, USB_HOST};
 
 /// Something that is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -119,13 +119,14 @@ impl Table {
                 continue;
             }
             text += &format!(
-                "\n{:<66} {:>9} {:>9} {:>9} {:>10} {:>9}\n",
+                "\n{:<66} {:>9} {:>9} {:>9} {:>10} {:>9} {:>6}\n",
                 quantity.title(),
                 "lowest",
                 "median",
                 "highest",
                 "× usb-host",
-                "× Cyberus"
+                "× Cyberus",
+                "× bare"
             );
             for row in rows {
                 text += &self.line(quantity, row);
@@ -150,9 +151,10 @@ impl Table {
         };
         let digits = quantity.digits();
         format!(
-            "  {row:<64} {lowest:>9.digits$} {median:>9.digits$} {highest:>9.digits$} {:>10} {:>9}\n",
+            "  {row:<64} {lowest:>9.digits$} {median:>9.digits$} {highest:>9.digits$} {:>10} {:>9} {:>6}\n",
             against(USB_HOST),
-            against(PEER)
+            against(PEER),
+            against(BARE)
         )
     }
 }

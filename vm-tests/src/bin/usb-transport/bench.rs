@@ -14,8 +14,8 @@ use vm_tests::rig::{BULK_IN, BULK_OUT, CSW_AT, DATA_AT, Stick, bulk, open_node};
 const RUNS: usize = 5;
 /// Length of a run.
 const RUN_BYTES: u64 = 256 << 20;
-/// Length of a run of the bare loop alone.
-const BARE_BYTES: u64 = 512 << 20;
+/// Length of a run of one of them alone.
+const ALONE_BYTES: u64 = 256 << 20;
 
 /// Compares at a few transfer sizes. Prints one line for each: CPU per GB, and the ratio of the medians.
 pub(crate) fn compare(device: &str) -> Result<()> {
@@ -37,13 +37,13 @@ pub(crate) fn compare(device: &str) -> Result<()> {
     Ok(())
 }
 
-/// The bare loop alone, 1 MiB at a time. Prints one JSON line.
-pub(crate) fn bare(device: &str) -> Result<()> {
-    let piece = 1 << 20;
-    let (cpu_per_gb, rate) = measure(BARE_BYTES, || run_bare(device, piece, BARE_BYTES))?;
-    let gigabytes = BARE_BYTES as f64 / 1e9;
+/// The bare loop alone, or the transport alone, 1 MiB at a time. Prints one JSON line.
+pub(crate) fn alone(device: &str, is_bare: bool) -> Result<()> {
+    let run = if is_bare { run_bare } else { run_ours };
+    let (cpu_per_gb, rate) = measure(ALONE_BYTES, || run(device, 1 << 20, ALONE_BYTES))?;
+    let gigabytes = ALONE_BYTES as f64 / 1e9;
     let said = json!({
-        "bytes": BARE_BYTES, "seconds": gigabytes * 1e3 / rate, "cpu_seconds": cpu_per_gb * gigabytes,
+        "bytes": ALONE_BYTES, "seconds": gigabytes * 1e3 / rate, "cpu_seconds": cpu_per_gb * gigabytes,
     });
     println!("{said}");
     Ok(())

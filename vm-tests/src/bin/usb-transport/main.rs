@@ -29,7 +29,8 @@ fn main() -> Result<()> {
         "control" => control(&device),
         "streams" => streams(&device),
         "bench" => bench::compare(&device),
-        "bare" => bench::bare(&device),
+        "bare" => bench::alone(&device, true),
+        "alone" => bench::alone(&device, false),
         "scripted" => scripted::check(&device),
         other => bail!("no check is called {other}"),
     }
