@@ -105,7 +105,8 @@ impl GuestMemory {
             Some(fd) => Backing::open(&self.share(BackingFile::inspect(fd)?)?, map)?,
             None => Backing::Unreachable,
         };
-        tracing::debug!(
+        common::limited!(
+            debug,
             address = format_args!("{:#x}", map.address),
             size = map.size,
             kind = backing.kind(),
@@ -225,7 +226,7 @@ impl GuestMemory {
             let part_len =
                 usize::try_from(map.last - at).unwrap_or(usize::MAX).saturating_add(1).min(len - done);
             copy(map, map.offset + (at - map.start), done..done + part_len).map_err(|error| {
-                tracing::debug!(addr = format_args!("{at:#x}"), %error, "guest memory is gone");
+                common::limited!(debug, addr = format_args!("{at:#x}"), %error, "guest memory is gone");
                 fault()
             })?;
             done += part_len;
@@ -235,7 +236,8 @@ impl GuestMemory {
 
     fn tell(&self, map: &Map) {
         if matches!(map.backing, Backing::Unreachable) && !self.told.replace(true) {
-            tracing::warn!(
+            common::limited!(
+                warn,
                 address = format_args!("{:#x}", map.start),
                 "the VMM gave guest memory without a file, DMA to it fails; \
                  use memory=…,shared=on (Cloud Hypervisor) or memory-backend-memfd,share=on (QEMU)"

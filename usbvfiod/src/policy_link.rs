@@ -7,9 +7,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use common::channel::{Channel, ChannelError, Listener};
 use common::ids::DeviceId;
+use common::limited;
 use common::wire::{Attach, FromInstance, PROTOCOL_VERSION, Stats, ToInstance, cut_text};
 use nix::sys::socket::UnixCredentials;
-use tracing::{info, warn};
 
 /// Messages taken from the connection before other work gets its turn.
 const MESSAGES_PER_TURN: usize = 16;
@@ -99,14 +99,14 @@ impl PolicyLink {
             Ok(Some(channel)) => channel,
             Ok(None) => return false,
             Err(error) => {
-                warn!(%error, "cannot accept a connection of usbpolicyd");
+                limited!(warn, %error, "cannot accept a connection of usbpolicyd");
                 return false;
             }
         };
         let credentials = match channel.peer() {
             Ok(credentials) => credentials,
             Err(error) => {
-                warn!(%error, "cannot tell who connected to the policy socket; connection closed");
+                limited!(warn, %error, "cannot tell who connected to the policy socket; connection closed");
                 return false;
             }
         };
@@ -124,12 +124,12 @@ impl PolicyLink {
             self.peer.as_ref().map(busy)
         };
         if let Some(text) = refusal {
-            warn!(uid, pid, reason = text, "connection to the policy socket refused");
+            limited!(warn, uid, pid, reason = text, "connection to the policy socket refused");
             // The peer is closed anyway; if it does not read the reason, it stands in our log.
             let _ = channel.send(&FromInstance::Error { text: cut_text(text) }, None);
             return false;
         }
-        info!(uid, pid, "usbpolicyd connected");
+        limited!(info, uid, pid, "usbpolicyd connected");
         self.peer = Some(Peer { channel, greeted: false, pid });
         true
     }
@@ -150,7 +150,7 @@ impl PolicyLink {
                     Err(text) => self.refuse(text),
                 },
                 Err(ChannelError::Closed) => {
-                    info!("usbpolicyd disconnected; devices stay");
+                    limited!(info, "usbpolicyd disconnected; devices stay");
                     self.peer = None;
                 }
                 Err(error) => self.refuse(with_source(&error)),
@@ -163,7 +163,7 @@ impl PolicyLink {
     pub fn send(&mut self, message: &FromInstance) {
         let Some(peer) = &self.peer else { return };
         if let Err(error) = peer.channel.send(message, None) {
-            warn!(%error, "connection to usbpolicyd closed; devices stay");
+            limited!(warn, %error, "connection to usbpolicyd closed; devices stay");
             self.peer = None;
         }
     }
@@ -174,7 +174,7 @@ impl PolicyLink {
     }
 
     fn refuse(&mut self, text: String) {
-        warn!(reason = text, "connection of usbpolicyd closed; devices stay");
+        limited!(warn, reason = text, "connection of usbpolicyd closed; devices stay");
         self.send(&FromInstance::Error { text: cut_text(text) });
         self.peer = None;
     }

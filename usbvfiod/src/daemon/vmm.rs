@@ -3,8 +3,8 @@
 use std::io;
 use std::os::fd::AsFd;
 
+use common::limited;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use tracing::{debug, info, warn};
 
 use super::{Client, Daemon, Source};
 use crate::pci;
@@ -26,12 +26,12 @@ impl Daemon {
         match listener.accept() {
             Ok(Some(connection)) if self.client.is_none() => self.serve(connection),
             Ok(Some(_)) => {
-                warn!("a second VMM connected and was turned away: one usbvfiod serves one VM");
+                limited!(warn, "a second VMM connected and was turned away: one usbvfiod serves one VM");
                 Ok(())
             }
             Ok(None) => Ok(()),
             Err(error) => {
-                warn!(%error, "cannot accept the VMM's connection");
+                limited!(warn, %error, "cannot accept the VMM's connection");
                 Ok(())
             }
         }
@@ -42,7 +42,7 @@ impl Daemon {
         self.watch(connection.as_fd(), Source::Vmm)?;
         let session = Session::new(self.layout, self.clients_so_far);
         self.client = Some(Client { connection, session, interest: EpollFlags::EPOLLIN });
-        info!("VMM connected");
+        limited!(info, "VMM connected");
         Ok(())
     }
 
@@ -110,7 +110,7 @@ impl Daemon {
                 Request::DmaMap { token, map, file } => {
                     let result = self.memory.map(&map, file);
                     if let Err(errno) = result {
-                        warn!(?map, %errno, "the VMM's memory cannot be mapped; DMA to it will fail");
+                        limited!(warn, ?map, %errno, "the VMM's memory cannot be mapped; DMA to it will fail");
                     }
                     client.session.finish(token, result);
                 }
@@ -132,9 +132,9 @@ impl Daemon {
 
     pub(super) fn drop_client(&mut self, reason: &str) {
         let Some(client) = self.client.take() else { return };
-        info!(reason, "VMM gone; its devices stay and wait for the next one");
+        limited!(info, reason, "VMM gone; its devices stay and wait for the next one");
         if let Err(error) = self.epoll.delete(&client.connection) {
-            debug!(%error, "the connection was not watched");
+            limited!(debug, %error, "the connection was not watched");
         }
         // The effects are carried out by the next `settle`; by then memory is gone, and so are the transfers' buffers.
         self.controller.reset(self.started.elapsed(), &mut self.effects);

@@ -46,7 +46,7 @@ impl Vector {
             Err(errno) => {
                 self.eventfd = None;
                 if !std::mem::replace(told, true) {
-                    tracing::warn!(%errno, "interrupt event fd of the client is broken, dropped");
+                    common::limited!(warn, %errno, "interrupt event fd of the client is broken, dropped");
                 }
             }
         }

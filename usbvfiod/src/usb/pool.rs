@@ -10,9 +10,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use common::limited;
 use common::usbfs::{UrbBuffer, UsbfsFile};
 use nix::errno::Errno;
-use tracing::{debug, warn};
 
 /// Smallest buffer: one page, so that sixteen commands and statuses of storage share a mapping.
 const CLASS_MIN: usize = 4 * 1024;
@@ -176,12 +176,16 @@ impl Pool {
                 self.idle[class].pop()
             }
             Err(Errno::ENOMEM | Errno::EAGAIN) => {
-                debug!(size, "no memory to map, transfers of this size are copied once more for a while");
+                limited!(
+                    debug,
+                    size,
+                    "no memory to map, transfers of this size are copied once more for a while"
+                );
                 self.rest[class] = REST_AFTER_REFUSAL;
                 None
             }
             Err(error) => {
-                warn!(%error, "transfer memory cannot be mapped, each transfer is copied once more");
+                limited!(warn, %error, "transfer memory cannot be mapped, each transfer is copied once more");
                 self.unmappable = true;
                 None
             }

@@ -298,7 +298,7 @@ impl Session {
     }
 
     fn refuse(&mut self, header: &Header, errno: Errno) {
-        tracing::debug!(command = header.command, id = header.id, %errno, "client message refused");
+        common::limited!(debug, command = header.command, id = header.id, %errno, "client message refused");
         self.outbox.error(header, errno);
     }
 

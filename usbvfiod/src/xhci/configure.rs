@@ -276,7 +276,7 @@ impl Controller {
         for dci in &plan.drop {
             let disabled = Context::default();
             if let Err(fault) = io.mem.write(entered.endpoint_at(*dci), disabled.as_bytes()) {
-                tracing::debug!(%fault, "endpoint context not written");
+                common::limited!(debug, %fault, "endpoint context not written");
             }
         }
         for (dci, kind, context) in plan.add.drain(..) {
@@ -294,7 +294,7 @@ impl Controller {
             entered.context.set_interrupter(given.dword2().interrupter());
         }
         if self.write_slot(io, slot).is_err() {
-            tracing::debug!(slot, "slot context not written");
+            common::limited!(debug, slot, "slot context not written");
         }
     }
 
@@ -345,13 +345,13 @@ impl Controller {
         let Some(entered) = self.slot_mut(slot) else { return };
         for dci in gone {
             if let Err(fault) = io.mem.write(entered.endpoint_at(dci), Context::default().as_bytes()) {
-                tracing::debug!(%fault, "endpoint context not written");
+                common::limited!(debug, %fault, "endpoint context not written");
             }
         }
         entered.state = SlotState::Default;
         entered.context.set_entries(1);
         if self.write_slot(io, slot).is_err() {
-            tracing::debug!(slot, "slot context not written");
+            common::limited!(debug, slot, "slot context not written");
         }
     }
 
@@ -365,7 +365,7 @@ impl Controller {
         if entered.has_context() {
             entered.state = SlotState::Enabled;
             if let Err(fault) = entered.write_context(io.mem, 0) {
-                tracing::debug!(%fault, "slot context not written");
+                common::limited!(debug, %fault, "slot context not written");
             }
         }
         self.free_slot(slot, io.effects);

@@ -15,7 +15,7 @@ const MFINDEX_RANGE: u128 = 1 << 14;
 impl Controller {
     /// Stops for an error that no completion code can tell (§4.10.2.6, §5.4.2 HSE). HCRST clears it.
     pub(super) fn host_system_error(&mut self, error: &EventRingError) {
-        tracing::debug!(%error, "host system error");
+        common::limited!(debug, %error, "host system error");
         self.usbsts.set_host_system_error(true);
         self.usbcmd.set_run(false);
         self.commands.running = false;
@@ -23,7 +23,7 @@ impl Controller {
 
     /// Stops because the guest built something no event can be sent for (§4.24.1, HCE). HCRST clears it.
     pub(super) fn host_controller_error(&mut self, reason: &'static str) {
-        tracing::debug!(reason, "host controller error");
+        common::limited!(debug, reason, "host controller error");
         self.usbsts.set_host_controller_error(true);
         self.usbcmd.set_run(false);
         self.commands.running = false;

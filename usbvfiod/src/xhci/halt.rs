@@ -33,7 +33,7 @@ impl Controller {
         }
         endpoint.state =
             if code == CompletionCode::Trb { EndpointState::Error } else { EndpointState::Halted };
-        tracing::debug!(slot, dci = endpoint.dci.get(), ?code, "endpoint stops");
+        common::limited!(debug, slot, dci = endpoint.dci.get(), ?code, "endpoint stops");
         self.write_dequeue(io, slot, endpoint);
         if endpoint.drain.take() == Some(Drain::Stop) {
             self.stop_finished(io, slot, endpoint.dci, CompletionCode::ContextState);
@@ -102,7 +102,13 @@ impl Controller {
             ring.resume = resume;
             let lost = ring.queue.iter().skip(1).filter(|flight| flight.has_moved()).count();
             if lost > 0 {
-                tracing::debug!(slot, dci = dci.get(), lost, "transfers ended behind a cancelled one");
+                common::limited!(
+                    debug,
+                    slot,
+                    dci = dci.get(),
+                    lost,
+                    "transfers ended behind a cancelled one"
+                );
             }
             while let Some(flight) = ring.queue.pop_front() {
                 self.retire(flight);

@@ -209,7 +209,7 @@ impl Endpoint {
     pub(super) fn write_context<M: GuestMem>(&mut self, mem: &M, at: u64) {
         self.context.set_state(self.state);
         if let Err(fault) = mem.write(at, self.context.0.as_bytes()) {
-            tracing::debug!(%fault, "endpoint context not written");
+            common::limited!(debug, %fault, "endpoint context not written");
         }
     }
 }

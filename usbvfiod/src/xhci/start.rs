@@ -79,7 +79,7 @@ impl Controller {
         let parsed = match parser.parse(at, &mut items, &mut segments) {
             Ok(parsed) => parsed,
             Err(fault) => {
-                tracing::debug!(slot, %fault, "transfer ring not readable");
+                common::limited!(debug, slot, %fault, "transfer ring not readable");
                 items.clear();
                 items.push(Item::unreadable(at));
                 Parsed::Malformed { end: at }

@@ -101,6 +101,6 @@ fn write_stream<M: GuestMem>(mem: &M, at: u64, cursor: Cursor, moved: u32) {
         reserved: 0.into(),
     };
     if let Err(fault) = mem.write(at, context.as_bytes()) {
-        tracing::debug!(%fault, "stream context not written");
+        common::limited!(debug, %fault, "stream context not written");
     }
 }
