@@ -161,7 +161,8 @@ fn as_user(user: &str) -> Vec<String> {
 
 /// Waits for a socket of a daemon that runs; tells its last words if it does not.
 fn wait_socket(host: &Host, path: &str, process: &Process) -> Result<()> {
-    let shown = format!("until [ -S {path} ]; do sleep 0.02; done");
+    // The file is there before the socket listens; the flag is SO_ACCEPTCON of linux/net.h.
+    let shown = format!("until grep -q ' 00010000 .* {path}$' /proc/net/unix; do sleep 0.02; done");
     let waiting = host.remote().spawn(&["sh", "-c", &shown])?;
     let deadline = Deadline::after(START_WITHIN);
     while !deadline.is_over() {

@@ -244,6 +244,15 @@ pub(crate) enum Target {
     Program { child: Child, path: PathBuf, _dir: tempfile::TempDir },
 }
 
+/// Whether somebody takes connections at a socket: its file is there some time before that.
+fn is_listening(path: &Path) -> bool {
+    // SO_ACCEPTCON of linux/net.h, in the column of flags.
+    const LISTENS: &str = " 00010000 ";
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    let end = format!(" {}", path.display());
+    sockets.lines().any(|line| line.contains(LISTENS) && line.ends_with(&end))
+}
+
 impl Target {
     pub(crate) fn in_process() -> Self {
         Self::InProcess(Server::start())
@@ -260,7 +269,7 @@ impl Target {
         command.arg("--socket-path").arg(&path).arg("--policy-socket").arg(policy);
         let child = command.env("USBVFIOD_LOG", "warn").spawn().unwrap();
         let deadline = Instant::now() + Duration::from_secs(10);
-        while !path.exists() {
+        while !is_listening(&path) {
             assert!(Instant::now() < deadline, "the program did not listen");
             std::thread::sleep(Duration::from_millis(5));
         }
