@@ -72,6 +72,38 @@ fn tests_and_files_that_the_threat_model_names_exist() {
     assert!(tests > 30 && files > 5, "{tests} tests, {files} files");
 }
 
+#[test]
+fn each_hostile_input_has_a_test_that_exists() {
+    let sources = sources();
+    let lines = [
+        ("R", 8),
+        ("I", 6),
+        ("C", 5),
+        ("T", 5),
+        ("F", 8),
+        ("M", 3),
+        ("D", 5),
+        ("P", 3),
+        ("K", 8),
+        ("G", 5),
+        ("S", 13),
+        ("O", 5),
+    ];
+    let page = document("docs/developer/hostile-inputs.md");
+    for (group, count) in lines {
+        for number in 1..=count {
+            let start = format!("| {group}{number} |");
+            let row = page.lines().find(|line| line.starts_with(&start));
+            let row = row.unwrap_or_else(|| panic!("no line {group}{number}"));
+            let tests = quoted(row);
+            assert!(!tests.is_empty(), "{group}{number} names no test");
+            for name in tests {
+                assert!(sources.contains(&format!("fn {name}(")), "{group}{number}: no test {name}");
+            }
+        }
+    }
+}
+
 /// Sources with the string literals that go over several lines joined as the compiler does.
 fn with_joined_literals(sources: &str) -> String {
     let mut joined = String::with_capacity(sources.len());

@@ -406,3 +406,46 @@ fn commands_of_a_batch_longer_than_the_budget_all_run() {
     let events = guest.events();
     assert_eq!((events.len(), events[61].pointer), (62, last));
 }
+
+#[test]
+fn controller_reset_with_100_transfers_pending_leaves_nothing_again_and_again() {
+    let mut guest = Guest::new();
+    for _ in 0..200 {
+        let (device, slot) = guest.configured(Speed::High, &[(4, 2, 512, 0), (6, 2, 512, 0), (3, 6, 512, 0)]);
+        for dci in [4, 6, 3] {
+            for _ in 0..32 {
+                guest.normal(slot, dci, DATA, 512);
+            }
+        }
+        guest.control(slot, [0x80, 6, 0, 1, 0, 0, 64, 0], DATA);
+        let requests = guest.submitted();
+        guest.write32(OPERATIONAL, 2);
+        assert_eq!(guest.cancelled().1.len(), requests.len());
+        assert_eq!(guest.controller.trbs_in_flight, 0);
+        requests.iter().for_each(|request| guest.complete(request.id, UrbStatus::Cancelled, 0));
+        guest.unplug(device);
+        guest.start();
+        guest.effects.clear();
+    }
+    assert!(guest.controller.operations.is_empty());
+    assert_eq!(guest.controller.next_deadline(), None);
+}
+
+#[test]
+fn cycle_state_is_taken_with_the_pointer_while_the_ring_stands() {
+    let mut guest = Guest::new();
+    assert_eq!(guest.command(command_trb(23, 0, 0, 0)).0, SUCCESS);
+    guest.write64(CRCR, 2);
+    guest.events();
+    // A ring whose TRBs are ours when the cycle bit is 0.
+    guest.mem.put(0x5400, &command_trb(23, 0, 0, 0));
+    guest.write64(CRCR, 0x5400 | 1);
+    guest.write32(DOORBELLS, 0);
+    assert!(guest.events().is_empty(), "the cycle bit does not match");
+    guest.write64(CRCR, 2);
+    guest.events();
+    guest.write64(CRCR, 0x5400);
+    guest.write32(DOORBELLS, 0);
+    let events = guest.events();
+    assert_eq!((events[0].code, events[0].pointer), (SUCCESS, 0x5400));
+}

@@ -221,3 +221,46 @@ fn event_data_reports_the_bytes_since_the_last_one() {
     let lengths: Vec<_> = events.iter().map(|event| (event.pointer, event.length)).collect();
     assert_eq!(lengths, [(0xa, 150), (0xb, 7)]);
 }
+
+#[test]
+fn event_ring_moved_while_running_goes_on_at_the_new_place() {
+    let mut guest = Guest::new();
+    guest.command(command_trb(23, 0, 0, 0));
+    guest.mem.put(0x3200, &Trb::new(0x5400, 64, 0));
+    guest.write64(ERDP, 0x5400);
+    guest.write64(INTERRUPTERS + 0x10, 0x3200);
+    let at = guest.post_command(command_trb(23, 0, 0, 0));
+    let event: Trb = guest.mem.get(0x5400);
+    assert_eq!((event.parameter(), event.control().trb_type(), event.control().cycle()), (at, 33, true));
+    assert!(guest.events().is_empty(), "nothing at the old place");
+}
+
+/// What a table of two segments in the same place does to the guest is its own business.
+#[test]
+fn overlapping_segments_do_no_harm_and_reset_recovers() {
+    let mut guest = Guest::new();
+    guest.mem.put(0x3200, &[Trb::new(0x5400, 16, 0), Trb::new(0x5440, 16, 0)]);
+    guest.write32(INTERRUPTERS + 8, 2);
+    guest.write64(ERDP, 0x5400);
+    guest.write64(INTERRUPTERS + 0x10, 0x3200);
+    for round in 0..200u64 {
+        guest.post_command(command_trb(23, 0, 0, 0));
+        guest.write64(ERDP, (0x5400 + round % 32 * 16) | 8);
+    }
+    guest.write32(OPERATIONAL, 2);
+    guest.start();
+    assert_eq!(guest.command(command_trb(23, 0, 0, 0)).0, SUCCESS);
+}
+
+#[test]
+fn dequeue_pointer_going_backwards_does_no_harm_and_reset_recovers() {
+    let mut guest = Guest::with_events(16);
+    for round in 0..200u64 {
+        guest.post_command(command_trb(23, 0, 0, 0));
+        guest.write64(ERDP, (0x4000 + (200 - round) % 16 * 16) | 8);
+    }
+    assert_eq!(guest.read32(OPERATIONAL + 4) & 5, 0, "no error, and not halted");
+    guest.write32(OPERATIONAL, 2);
+    guest.start();
+    assert_eq!(guest.command(command_trb(23, 0, 0, 0)).0, SUCCESS);
+}

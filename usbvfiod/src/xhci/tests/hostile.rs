@@ -195,6 +195,11 @@ impl Machine {
     }
 
     fn collect(&mut self) {
+        const NEVER_CHANGED: u32 = 1 << 18 | 1 << 20 | 1 << 23;
+        for port in 0..30 {
+            let status = self.guest.read32(super::super::regs::PORTS + port * 16);
+            assert_eq!(status & NEVER_CHANGED, 0, "PEC, OCC, CEC of port {}", port + 1);
+        }
         assert!(self.guest.effects.len() <= EFFECTS_MAX);
         for effect in std::mem::take(&mut self.guest.effects) {
             match effect {

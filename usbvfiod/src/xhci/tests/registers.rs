@@ -249,3 +249,32 @@ fn idle_controller_has_no_deadline() {
     guest.events();
     assert_eq!(guest.controller.next_deadline(), None);
 }
+
+#[test]
+fn what_is_not_there_is_not_offered_and_its_switches_do_nothing() {
+    const HSEE_AND_LHCRST: u32 = 1 << 3 | 1 << 7;
+    let mut guest = Guest::new();
+    assert_eq!(guest.read32(0x0c), 0, "HCSPARAMS3: no U1, U2");
+    assert_eq!(guest.read32(0x1c), 0, "HCCPARAMS2");
+    guest.write32(USBCMD, 5 | HSEE_AND_LHCRST);
+    assert_eq!(guest.read32(USBSTS) & 5, 0, "runs on");
+    assert_eq!(guest.command(command_trb(23, 0, 0, 0)).0, 1);
+}
+
+#[test]
+fn wake_enables_indicator_and_power_management_are_kept_without_effect() {
+    const POWER: u32 = 1 << 9;
+    const KEPT: u32 = 7 << 25 | 3 << 14;
+    let mut guest = Guest::new();
+    for (speed, lpm) in [(Speed::High, 0xfff8), (Speed::Super, 0xffff)] {
+        let (_, port) = guest.plug(speed);
+        guest.reset_port(port);
+        let portsc = Guest::portsc(port);
+        let before = guest.read32(portsc);
+        guest.write32(portsc, POWER | KEPT);
+        guest.write32(portsc + 4, u32::MAX);
+        assert_eq!(guest.read32(portsc), before | KEPT, "{speed}");
+        assert_eq!(guest.read32(portsc + 4), lpm, "{speed}");
+        assert!(guest.operations().is_empty());
+    }
+}

@@ -3,6 +3,7 @@
 use common::ids::Speed;
 
 use super::super::fixture::{CHAIN, DATA, Guest, IOC, ISP, event_data, normal};
+use super::super::trb::Trb;
 use crate::urb::{DeviceOp, OpError, Payload, Segment, TransferKind, UrbStatus};
 
 const SUCCESS: u8 = 1;
@@ -108,4 +109,21 @@ fn stop_endpoint_delivers_what_came_and_says_where_it_stands() {
     assert_eq!(rest.payload, Payload::Guest(vec![Segment { addr: DATA + 1536, len: 512 }]));
     guest.complete(rest.id, UrbStatus::Completed, 512);
     assert_eq!(guest.transfers(), [(second, SUCCESS, 0)]);
+}
+
+#[test]
+fn hints_in_a_trb_change_nothing() {
+    const TD_SIZE: u32 = 31 << 17;
+    const EVALUATE_NEXT: u32 = 1 << 1;
+    const NO_SNOOP: u32 = 1 << 3;
+    let mut guest = Guest::new();
+    let (_, slot) = guest.bulk();
+    let flags = 1 << 10 | EVALUATE_NEXT | NO_SNOOP;
+    guest.push(slot, 3, Trb::new(DATA, 512 | TD_SIZE, flags | CHAIN));
+    let last = guest.push(slot, 3, Trb::new(DATA + 512, 512 | TD_SIZE, flags | IOC));
+    guest.ring(slot, 3);
+    let request = guest.request();
+    assert_eq!(request.payload, Payload::Guest(vec![Segment { addr: DATA, len: 1024 }]));
+    guest.complete(request.id, UrbStatus::Completed, 1024);
+    assert_eq!(guest.transfers(), [(last, SUCCESS, 0)]);
 }
