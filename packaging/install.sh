@@ -11,7 +11,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 destination=${DESTDIR:-}
 target=${PROGRAMS:-${TARGET:-${CARGO_TARGET_DIR:-$here/../target}}/release}
 
-for program in usbpolicyd usbpolicyctl usbvfiod; do
+for program in usbpolicyd usbpolicyd-sysfs usbpolicyctl usbvfiod; do
     if [ ! -x "$target/$program" ]; then
         echo "install.sh: $target/$program is missing; run: cargo build --release --locked" >&2
         exit 1
@@ -26,7 +26,7 @@ put() { # mode source directory
     install -D -m "$1" "$2" "$destination$3/$(basename "$2")"
 }
 
-for program in usbpolicyd usbpolicyctl usbvfiod; do
+for program in usbpolicyd usbpolicyd-sysfs usbpolicyctl usbvfiod; do
     put 755 "$target/$program" /usr/bin
     if command -v strip >/dev/null; then
         strip --strip-unneeded "$destination/usr/bin/$program"

@@ -34,6 +34,12 @@ in
       description = "The policy, see usbpolicyd.toml(5). It is checked when the system is built.";
     };
 
+    force = lib.mkOption {
+      type = lib.types.bool;
+      default = false;
+      description = "Whether devices may be taken back by their ports, by usbpolicyd-sysfs(8).";
+    };
+
     instances = lib.mkOption {
       type = lib.types.attrsOf (
         lib.types.submodule {
@@ -108,7 +114,10 @@ in
         environment.USBVFIOD_OPTIONS = lib.concatStringsSep " " instance.options;
       }
     ) cfg.instances;
-    systemd.sockets = lib.mapAttrs' (
+    systemd.sockets = {
+      usbpolicyd-sysfs.wantedBy = lib.optional cfg.force "sockets.target";
+    }
+    // lib.mapAttrs' (
       name: instance:
       lib.nameValuePair "usbvfiod@${name}" {
         overrideStrategy = "asDropin";

@@ -11,6 +11,7 @@ pub fn programs() -> Vec<(Command, u8)> {
     vec![
         (usbpolicyd::ctl::Cli::command().name("usbpolicyctl"), 1),
         (usbpolicyd::cli::Cli::command().name("usbpolicyd"), 8),
+        (usbpolicyd::sysfs_write::service::Cli::command().name("usbpolicyd-sysfs"), 8),
         (usbvfiod::cli::Cli::command().name("usbvfiod"), 8),
     ]
 }

@@ -9,11 +9,12 @@ use clap_complete::{Shell, generate_to};
 use packaging::manual;
 
 /// The man pages as they are written by hand.
-const PAGES: [(&str, &str); 5] = [
+const PAGES: [(&str, &str); 6] = [
     ("usbpolicyctl.1", include_str!("../man/usbpolicyctl.1")),
     ("usbpolicyd.toml.5", include_str!("../man/usbpolicyd.toml.5")),
     ("usbpolicyd-protocol.7", include_str!("../man/usbpolicyd-protocol.7")),
     ("usbpolicyd.8", include_str!("../man/usbpolicyd.8")),
+    ("usbpolicyd-sysfs.8", include_str!("../man/usbpolicyd-sysfs.8")),
     ("usbvfiod.8", include_str!("../man/usbvfiod.8")),
 ];
 

@@ -202,7 +202,7 @@ fn groff_finds_no_fault_in_any_page() {
         assert!(!output.stdout.is_empty());
         pages += 1;
     }
-    assert_eq!(pages, 5);
+    assert_eq!(pages, 6);
 }
 
 #[test]

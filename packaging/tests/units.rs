@@ -14,6 +14,7 @@ use clap::Parser;
 /// Highest exposure levels, as `systemd-analyze security` counts them (0 to 10), in tenths.
 const USBPOLICYD_EXPOSURE: u32 = 12;
 const USBVFIOD_EXPOSURE: u32 = 4;
+const SYSFS_EXPOSURE: u32 = 7;
 
 fn directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("systemd")
@@ -21,6 +22,12 @@ fn directory() -> PathBuf {
 
 fn unit(name: &str) -> String {
     fs::read_to_string(directory().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+/// The names of all units.
+fn names() -> Vec<String> {
+    let entries = fs::read_dir(directory()).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
 /// The values of a key in a unit, in order.
@@ -61,18 +68,50 @@ fn usbvfiod_is_confined_as_promised() {
 }
 
 #[test]
+fn the_service_that_writes_to_sysfs_is_confined_as_promised() {
+    assert!(exposure("usbpolicyd-sysfs.service") <= SYSFS_EXPOSURE);
+    let text = unit("usbpolicyd-sysfs.service");
+    assert_eq!(values(&text, "CapabilityBoundingSet"), [""]);
+    assert_eq!(values(&text, "ReadWritePaths"), ["/sys/devices"]);
+}
+
+#[test]
+fn nobody_else_may_write_to_sysfs() {
+    for name in names().into_iter().filter(|name| name.ends_with(".service")) {
+        let text = unit(&name);
+        assert_eq!(values(&text, "ProtectKernelTunables"), ["yes"], "{name}");
+        if name != "usbpolicyd-sysfs.service" {
+            assert!(!values(&text, "ReadWritePaths").iter().any(|path| path.starts_with("/sys")), "{name}");
+        }
+    }
+}
+
+#[test]
+fn the_service_that_writes_to_sysfs_listens_where_usbpolicyd_asks_and_to_it_alone() {
+    use usbpolicyd::sysfs_write::{SOCKET, service};
+    let socket = unit("usbpolicyd-sysfs.socket");
+    assert_eq!(values(&socket, "ListenSequentialPacket"), [SOCKET]);
+    assert_eq!(values(&socket, "SocketMode"), ["0600"]);
+    let text = unit("usbpolicyd-sysfs.service");
+    assert_eq!(values(&text, "StandardInput"), ["socket"]);
+    let [command] = values(&text, "ExecStart")[..] else { panic!("one ExecStart expected") };
+    let cli = service::Cli::try_parse_from(command.split_whitespace()).unwrap();
+    assert_eq!(values(&socket, "SocketUser"), [cli.user.as_str()]);
+    assert_eq!(values(&unit("usbpolicyd.service"), "User"), [cli.user.as_str()]);
+}
+
+#[test]
 fn systemd_finds_no_fault_in_any_unit() {
     // The programs need not be installed here, so a program that is there takes their place. An instance is checked, as
     // a template would not be filled in.
     let copies = tempfile::tempdir().unwrap();
     let mut paths = Vec::new();
-    for entry in fs::read_dir(directory()).unwrap() {
-        let name = entry.unwrap().file_name().into_string().unwrap();
+    for name in names() {
         let text = unit(&name).replace("/usr/bin/usb", "/bin/true usb");
         fs::write(copies.path().join(&name), text).unwrap();
         paths.push(copies.path().join(name.replace('@', "@vm1")).to_str().unwrap().to_owned());
     }
-    assert_eq!(paths.len(), 3);
+    assert!(paths.len() >= 5);
     let mut arguments = vec!["verify", "--man=no", "--recursive-errors=no"];
     arguments.extend(paths.iter().map(String::as_str));
     let output = run("systemd-analyze", &arguments);
@@ -124,8 +163,8 @@ fn the_users_and_groups_of_the_units_are_made_by_sysusers() {
         .map(|line| line.split_whitespace().nth(1).unwrap())
         .collect();
     let mut asked = Vec::new();
-    for name in ["usbpolicyd.service", "usbvfiod@.service", "usbvfiod@.socket"] {
-        let text = unit(name);
+    for name in names() {
+        let text = unit(&name);
         for key in ["User", "Group", "SupplementaryGroups", "SocketUser", "SocketGroup"] {
             asked.extend(
                 values(&text, key).iter().flat_map(|value| value.split_whitespace()).map(str::to_owned),

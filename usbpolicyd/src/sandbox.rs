@@ -132,10 +132,9 @@ fn keep(cli: &Cli) -> Vec<Keep> {
     });
     let vendor = Path::new(VENDOR_DIR).parent().map(Path::to_owned);
     let local = Path::new(LOCAL_DIR).parent().map(Path::to_owned);
-    let read = ["/proc", "/run", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf"].map(PathBuf::from);
+    let read = ["/proc", "/sys", "/run", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf"].map(PathBuf::from);
     let read = read.into_iter().chain([cli.run_dir.clone()]).chain(policy).chain(vendor).chain(local);
-    // Writing is for `authorized` and `disable`, if their owner lets us.
-    let write = ["/sys", "/dev/bus/usb"].map(PathBuf::from);
+    let write = ["/dev/bus/usb"].map(PathBuf::from);
     let manage = [cli.state_dir.clone(), cli.order_dir.clone()];
     let all = read
         .map(Keep::Read)

@@ -20,12 +20,11 @@ use nix::sys::stat::{Mode, fstat, major, minor};
 
 use crate::broker::Failure;
 use crate::sysfs::{Hub, HubPlace, Present, descriptors};
+use crate::sysfs_write::{self, AskError, Order, Verb};
 
 /// How often an interface that a dying process still claims is tried again, and after what pause.
 const STILL_CLAIMED_TRIES: u32 = 20;
 const STILL_CLAIMED_PAUSE: Duration = Duration::from_millis(50);
-/// How long a port stays off, so that the device notices.
-const PORT_OFF: Duration = Duration::from_millis(200);
 /// Class of interfaces that only their vendor's driver knows (USB class code list).
 const CLASS_VENDOR: u8 = 0xff;
 
@@ -91,14 +90,9 @@ pub enum NodeError {
         /// The kernel's answer.
         source: io::Error,
     },
-    /// A sysfs attribute cannot be written.
-    #[error("no right to write {path}; `on_release = \"deauthorize\"` and revoking need it")]
-    Sysfs {
-        /// The attribute.
-        path: PathBuf,
-        /// The kernel's answer.
-        source: io::Error,
-    },
+    /// sysfs was not written.
+    #[error(transparent)]
+    Sysfs(#[from] AskError),
 }
 
 impl NodeError {
@@ -144,11 +138,13 @@ pub struct Ready {
 #[derive(Clone, Debug)]
 pub struct Nodes {
     root: PathBuf,
+    /// Where the service that writes to sysfs listens.
+    sysfs_service: PathBuf,
 }
 
 impl Default for Nodes {
     fn default() -> Self {
-        Self { root: "/dev/bus/usb".into() }
+        Self { root: "/dev/bus/usb".into(), sysfs_service: sysfs_write::SOCKET.into() }
     }
 }
 
@@ -292,8 +288,7 @@ impl Nodes {
     /// Gives the device to the host's drivers again.
     pub fn give_back(&self, device: &Present) -> Result<(), NodeError> {
         if !device.facts.authorized {
-            write_sysfs(&device.plug.syspath.join("authorized"), "1")?;
-            return Ok(());
+            return self.write_sysfs(device, Verb::Authorize);
         }
         let file = self.open(device)?;
         let node = self.path(device.facts.address);
@@ -312,15 +307,20 @@ impl Nodes {
     /// Cuts the device off: its port is switched off and on again, which ends every open file of it. On some hardware it
     /// comes back only when it is plugged in again.
     pub fn cycle_port(&self, device: &Present) -> Result<(), NodeError> {
-        let attribute = device.plug.syspath.join("port/disable");
-        write_sysfs(&attribute, "1")?;
-        sleep(PORT_OFF);
-        write_sysfs(&attribute, "0")
+        self.write_sysfs(device, Verb::CyclePort)
     }
 
     /// Makes the kernel forget the configuration of the device, so that no driver has it.
     pub fn deauthorize(&self, device: &Present) -> Result<(), NodeError> {
-        write_sysfs(&device.plug.syspath.join("authorized"), "0")
+        self.write_sysfs(device, Verb::Deauthorize)
+    }
+
+    /// By the service that may: we may not.
+    fn write_sysfs(&self, device: &Present, verb: Verb) -> Result<(), NodeError> {
+        let gone = || NodeError::Gone { node: self.path(device.facts.address) };
+        let name = device.facts.sys_name.parse().map_err(|_| gone())?;
+        let order = Order { device: name, address: device.facts.address, verb };
+        Ok(sysfs_write::ask(&self.sysfs_service, &order)?)
     }
 }
 
@@ -393,10 +393,6 @@ fn usual_configuration(device: &Present) -> Option<u8> {
     all.iter().copied().find(|value| first_class(*value) != Some(CLASS_VENDOR)).or(all.first().copied())
 }
 
-fn write_sysfs(path: &Path, value: &str) -> Result<(), NodeError> {
-    fs::write(path, value).map_err(|source| NodeError::Sysfs { path: path.to_owned(), source })
-}
-
 fn kernel(node: &Path, what: &'static str, errno: Errno) -> NodeError {
     match errno {
         Errno::ENODEV => NodeError::Gone { node: node.to_owned() },
@@ -412,7 +408,7 @@ mod tests {
     /// A made-up tree with one device whose "node" is `target` (a link or a file made by the caller).
     fn device(tree: &Tree) -> (Present, Nodes) {
         tree.plug("1-1", 3);
-        let nodes = Nodes { root: tree.path("nodes") };
+        let nodes = Nodes { root: tree.path("nodes"), sysfs_service: tree.path("no-service") };
         fs::create_dir_all(nodes.root.join("001")).unwrap();
         (tree.scan().devices.remove(0), nodes)
     }
@@ -451,6 +447,15 @@ mod tests {
         device.facts.authorized = false;
         let error = nodes.prepare(&device, Options::default()).unwrap_err();
         assert!(matches!(error, NodeError::Unauthorized { .. }));
+    }
+
+    #[test]
+    fn without_the_service_the_message_tells_how_to_switch_it_on() {
+        let tree = Tree::new();
+        let (device, nodes) = device(&tree);
+        let failure = Failure::from(&nodes.cycle_port(&device).unwrap_err());
+        assert!(failure.text.contains("systemctl enable --now usbpolicyd-sysfs.socket"), "{}", failure.text);
+        assert!(!failure.stale);
     }
 
     #[test]

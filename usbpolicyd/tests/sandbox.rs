@@ -93,3 +93,44 @@ fn only_its_own_files_can_be_made_and_secrets_cannot_be_read() {
     assert!(std::fs::read_to_string("/proc/swaps").is_ok());
     println!("all tried");
 }
+
+#[test]
+fn what_the_sysfs_service_does_not_need_is_refused() {
+    if !is_child() {
+        return run_child("what_the_sysfs_service_does_not_need_is_refused");
+    }
+    let made_up = tempfile::tempdir().unwrap();
+    for directory in ["devices", "bus", "kernel"] {
+        std::fs::create_dir(made_up.path().join(directory)).unwrap();
+        std::fs::write(made_up.path().join(directory).join("attribute"), "1\n").unwrap();
+    }
+    usbpolicyd::sysfs_write::service::confine(made_up.path().to_str().unwrap()).unwrap();
+    let write = |place: &str| {
+        let path = made_up.path().join(place).join("attribute");
+        std::fs::OpenOptions::new().write(true).open(path).map(drop).map_err(|error| error.raw_os_error())
+    };
+    assert_eq!(write("devices"), Ok(()));
+    for place in ["bus", "kernel"] {
+        assert_eq!(write(place), Err(Some(libc::EACCES)), "{place}");
+    }
+    assert!(std::fs::read(made_up.path().join("bus/attribute")).is_ok());
+    assert!(std::fs::read(made_up.path().join("kernel/attribute")).is_err());
+    assert!(std::fs::read("/etc/passwd").is_err());
+    let path = c"/sys".as_ptr() as libc::c_long;
+    for (name, number, arguments) in [
+        ("socket", libc::SYS_socket, [libc::AF_UNIX.into(), libc::SOCK_STREAM.into(), 0, 0]),
+        ("connect", libc::SYS_connect, [0, 0, 0, 0]),
+        ("execve", libc::SYS_execve, [path, 0, 0, 0]),
+        ("clone3", libc::SYS_clone3, [0, 0, 0, 0]),
+        ("ptrace", libc::SYS_ptrace, [0, 0, 0, 0]),
+        ("kill", libc::SYS_kill, [1, 0, 0, 0]),
+        ("mount", libc::SYS_mount, [path, path, path, 0]),
+        ("renameat2", libc::SYS_renameat2, [0, path, 0, path]),
+        ("unlinkat", libc::SYS_unlinkat, [0, path, 0, 0]),
+        ("fchownat", libc::SYS_fchownat, [0, path, 0, 0]),
+        ("ioctl", libc::SYS_ioctl, [0, 0, 0, 0]),
+    ] {
+        assert_eq!(try_call(number, arguments), Err(Errno::EPERM), "{name}");
+    }
+    println!("all tried");
+}
