@@ -11,6 +11,8 @@
 //! This module does not decide which VM a device is for (`policy`), opens nothing and sends nothing (`daemon`).
 
 mod answers;
+#[cfg(test)]
+mod model;
 mod settle;
 #[cfg(test)]
 mod tests;
@@ -24,7 +26,7 @@ use common::ids::{BusAddress, DeviceId, PortChain, VmName};
 
 /// How long an instance may take to answer `Attach`.
 pub const ATTACH_DEADLINE: Duration = Duration::from_secs(5);
-/// How long an instance may take to answer `Detach`.
+/// How long an instance may take to answer `Detach`, when the policy (`[revoke] deadline`) does not say otherwise.
 pub const DETACH_DEADLINE: Duration = Duration::from_secs(2);
 /// The first pause after a failed hand-over; each further failure doubles it.
 pub const BACKOFF_FIRST: Duration = Duration::from_secs(1);
@@ -63,6 +65,8 @@ pub struct Entry {
     pub want: Option<VmName>,
     /// What happens when it leaves its VM.
     pub on_release: OnRelease,
+    /// The rule that assigns it and how many devices that one may attach at once, if there is such a limit.
+    pub quota: Option<(String, usize)>,
     /// The VM that a former run of this daemon gave it to. Counts only when the device is new to the broker.
     pub recalled: Option<VmName>,
 }
@@ -303,6 +307,8 @@ pub struct Broker {
     limits: BTreeMap<VmName, usize>,
     awaited: BTreeSet<VmName>,
     awaited_until: Duration,
+    /// None: [`DETACH_DEADLINE`].
+    detach_deadline: Option<Duration>,
 }
 
 /// Where a device is, for display.
@@ -328,7 +334,7 @@ pub enum State {
     VmDown(VmName),
     /// For this VM, which is paused or drained.
     VmPaused(VmName),
-    /// For this VM, which has as many devices as it may have.
+    /// For this VM, which has as many devices as it, or the rule, may have.
     VmFull(VmName),
     /// A try failed; the next one is in so long.
     Failed(VmName, String, Duration),
@@ -366,6 +372,26 @@ impl Broker {
             _ => None,
         });
         barrier.into_iter().chain(devices).filter(|at| *at > now).min()
+    }
+
+    /// How long an instance has to answer `Detach`.
+    pub fn detach_deadline(&self) -> Duration {
+        self.detach_deadline.unwrap_or(DETACH_DEADLINE)
+    }
+
+    /// From now on instances have so long to answer `Detach`.
+    pub const fn set_detach_deadline(&mut self, deadline: Duration) {
+        self.detach_deadline = Some(deadline);
+    }
+
+    /// Whether it was us who took the host's authorization from the device.
+    pub fn is_deauthorized(&self, id: DeviceId) -> bool {
+        self.devices.get(&id).is_some_and(|device| device.custody == Custody::Deauthorized)
+    }
+
+    /// Whether a VM has the device or is about to get it.
+    pub fn is_given(&self, id: DeviceId) -> bool {
+        self.devices.get(&id).is_some_and(|device| device.place.counts_for().is_some())
     }
 
     /// The VM whose instance may have this device's open file now.

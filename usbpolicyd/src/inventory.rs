@@ -148,10 +148,22 @@ impl Inventory {
             }
             let options =
                 if let Verdict::Assign { options, .. } = &verdict { Some(&**options) } else { None };
-            item.calm_at = options.and_then(|options| calm_at(past?, options.flap?));
+            let flap = match &verdict {
+                Verdict::Assign { vm, options, .. } => {
+                    options.flap.or_else(|| policy.vms.get(vm)?.limits.flap).or(policy.defaults.flap)
+                }
+                _ => None,
+            };
+            item.calm_at = flap.and_then(|flap| calm_at(past?, flap));
             let calm = item.calm_at.is_none_or(|at| at <= now);
             let want = match &verdict {
                 Verdict::Assign { vm, .. } if calm => Some(vm.clone()),
+                _ => None,
+            };
+            let quota = match &verdict {
+                Verdict::Assign { rule, options, .. } => options
+                    .max_devices
+                    .map(|most| (rule.clone(), usize::try_from(most).unwrap_or(usize::MAX))),
                 _ => None,
             };
             let on_release = options.map_or(policy.defaults.on_release, |options| options.on_release);
@@ -168,6 +180,7 @@ impl Inventory {
                 ports: facts.chain.clone(),
                 want,
                 on_release,
+                quota,
                 recalled: item.recalled.clone(),
             });
             item.context = context;
@@ -201,6 +214,12 @@ impl Inventory {
     /// One device.
     pub fn get(&self, id: DeviceId) -> Option<&Item> {
         self.items.get(&id)
+    }
+
+    /// The name of a plug-in: as it is now, or as a former run of the daemon called it.
+    pub fn id_of(&self, plug: &Plug) -> Option<DeviceId> {
+        let recalled = self.recalled.get(plug).map(|(id, _)| *id);
+        self.names.get(plug).copied().or(recalled)
     }
 
     /// All devices, by name.

@@ -57,11 +57,12 @@ impl Broker {
 
     /// Asks the holder for the device, or, while nobody knows whether it lives, waits for that.
     fn ask_back(&mut self, now: Duration, id: DeviceId, vm: &VmName, why: Why, out: &mut Vec<Effect>) {
+        let until = now.saturating_add(self.detach_deadline());
         let link = self.machine(vm).link;
         let Some(device) = self.devices.get_mut(&id) else { return };
         if let Link::Up(link) = link {
             out.push(Effect::Detach(link, id));
-            device.place = Place::Leaving { vm: vm.clone(), until: now.saturating_add(DETACH_DEADLINE), why };
+            device.place = Place::Leaving { vm: vm.clone(), until, why };
         } else {
             device.place = Place::Held { vm: vm.clone(), guest_port: 0, since: now };
         }
@@ -107,7 +108,7 @@ impl Broker {
         let target = self.target(device).map(|(vm, _)| vm);
         match target {
             Some(vm) => {
-                if waits || !self.awaited.is_empty() || self.is_full(&vm) {
+                if waits || !self.awaited.is_empty() || self.is_full(&vm) || self.is_used_up(device) {
                     return;
                 }
                 out.push(Effect::Prepare(id));
@@ -130,6 +131,16 @@ impl Broker {
                 }
             }
         }
+    }
+
+    /// Whether the rule that assigns the device has as many as it may have.
+    fn is_used_up(&self, device: &Device) -> bool {
+        let Some((rule, most)) = &device.entry.quota else { return false };
+        let by_rule = |other: &&Device| {
+            other.entry.quota.as_ref().is_some_and(|(label, _)| label == rule)
+                && other.place.counts_for().is_some()
+        };
+        self.devices.values().filter(by_rule).count() >= *most
     }
 
     fn is_full(&self, vm: &VmName) -> bool {

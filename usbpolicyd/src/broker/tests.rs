@@ -151,6 +151,7 @@ fn limit_of_a_vm_leaves_the_later_device_waiting() {
         ports: PortChain::new(&[id as u8]).unwrap(),
         want: Some(vm(0)),
         on_release: OnRelease::Host,
+        quota: None,
         recalled: None,
     };
     let mut broker = Broker::default();
@@ -159,6 +160,41 @@ fn limit_of_a_vm_leaves_the_later_device_waiting() {
         broker.step(SECOND, Input::Inventory(vec![entry(1), entry(2)], BTreeMap::from([(vm(0), 1)])));
     assert_eq!(effects, [Effect::Prepare(DeviceId(1))]);
     assert_eq!(broker.state(SECOND, DeviceId(2)), Some(State::VmFull(vm(0))));
+}
+
+#[test]
+fn limit_of_a_rule_leaves_the_later_device_waiting_until_the_first_is_gone() {
+    let entry = |id: u64| Entry {
+        id: DeviceId(id),
+        address: BusAddress { bus: 1, device: id as u32 },
+        ports: PortChain::new(&[id as u8]).unwrap(),
+        want: Some(vm((id % 2) as usize)),
+        on_release: OnRelease::Host,
+        quota: Some(("sticks".into(), 1)),
+        recalled: None,
+    };
+    let mut broker = Broker::default();
+    broker.step(SECOND, Input::Up(vm(0), LinkId(1), vec![]));
+    broker.step(SECOND, Input::Up(vm(1), LinkId(2), vec![]));
+    let both = vec![entry(1), entry(2)];
+    let effects = broker.step(SECOND, Input::Inventory(both, BTreeMap::new()));
+    assert_eq!(effects, [Effect::Prepare(DeviceId(1))]);
+    assert_eq!(broker.state(SECOND, DeviceId(2)), Some(State::VmFull(vm(0))));
+    broker.step(SECOND, Input::Prepared(DeviceId(1), Ok(())));
+    broker.step(SECOND, Input::Attached(LinkId(2), DeviceId(1), 1));
+    broker.step(SECOND, Input::Inventory(vec![entry(2)], BTreeMap::new()));
+    let effects = broker.step(SECOND, Input::Detached(LinkId(2), DeviceId(1)));
+    assert!(effects.contains(&Effect::Prepare(DeviceId(2))), "{effects:?}");
+}
+
+#[test]
+fn deadline_of_the_policy_is_that_of_a_detach() {
+    let mut world = attached();
+    world.broker.set_detach_deadline(5 * SECOND);
+    world.run([Move::Want(0, None), Move::Read, Move::Pass(4 * SECOND)]);
+    assert_eq!(world.broker.state(world.now, world.id(0)), Some(State::Detaching(vm(0))));
+    world.make(Move::Pass(SECOND));
+    assert_eq!(world.broker.state(world.now, world.id(0)), Some(State::Stuck(vm(0))));
 }
 
 #[test]
@@ -176,6 +212,7 @@ fn unknown_device_in_a_list_is_adopted_by_its_place_and_detached_without_one() {
         ports: PortChain::new(&[1]).unwrap(),
         want: Some(vm(0)),
         on_release: OnRelease::Host,
+        quota: None,
         recalled: None,
     };
     broker.step(SECOND, Input::Inventory(vec![entry], BTreeMap::new()));
@@ -229,46 +266,6 @@ fn drained_vm_loses_its_devices_and_gets_them_back() {
     world.make(Move::Serve(0, Service::Running));
     world.calm_down();
     assert_eq!(world.holder(0), Some(0));
-}
-
-/// Every sequence of so many moves, from several starting points, keeps the promises and comes to rest.
-#[test]
-fn all_short_sequences_keep_one_holder_and_settle() {
-    const MOVES: [Move; 13] = [
-        Move::Plug(0),
-        Move::Pull(0),
-        Move::Read,
-        Move::Want(0, Some(1)),
-        Move::Want(0, None),
-        Move::CrashVm(0),
-        Move::StartVm(0),
-        Move::Dial(0),
-        Move::CutLink(0),
-        Move::InstanceReads(0, true),
-        Move::DaemonReads(0),
-        Move::Job(true),
-        Move::DaemonDies,
-    ];
-    fn explore(world: &World, depth: usize) {
-        let mut end = world.clone();
-        end.calm_down();
-        end.assert_settled();
-        if depth > 0 {
-            for one in MOVES {
-                let mut next = world.clone();
-                next.make(one);
-                explore(&next, depth - 1);
-            }
-        }
-    }
-    let mut offered = World::new(1, 2);
-    offered.run([Move::Want(0, Some(0)), Move::Plug(0), Move::StartVm(0), Move::StartVm(1)]);
-    offered.run([Move::Dial(0), Move::Dial(1), Move::Read, Move::Job(true)]);
-    let mut leaving = attached();
-    leaving.run([Move::Want(0, Some(1)), Move::Read]);
-    for start in [World::new(1, 2), attached(), offered, leaving] {
-        explore(&start, 3);
-    }
 }
 
 fn any_move() -> impl Strategy<Value = Move> {

@@ -77,6 +77,18 @@ pub(super) struct World {
     pub(super) events: Vec<Event>,
 }
 
+/// One socket as a daemon may find it when it starts.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Found {
+    /// Whether what was plugged in is still there.
+    pub(super) plugged: bool,
+    pub(super) want: Option<usize>,
+    /// The VM whose instance holds it, if that one is alive.
+    pub(super) holder: Option<usize>,
+    /// What the record says. Never another VM than the one that holds it: it is written before each hand-over.
+    pub(super) recorded: Option<usize>,
+}
+
 pub(super) fn vm(index: usize) -> VmName {
     format!("vm{index}").parse().unwrap()
 }
@@ -101,6 +113,40 @@ impl World {
             next_link: 0,
             events: Vec::new(),
         }
+    }
+
+    /// A world in the middle of its life.
+    pub(super) fn found(sockets: &[Found], alive: &[bool]) -> Self {
+        let mut world = Self::new(sockets.len(), alive.len());
+        for (instance, alive) in world.instances.iter_mut().zip(alive) {
+            instance.alive = *alive;
+        }
+        for (plug, found) in sockets.iter().enumerate() {
+            let id = DeviceId(50 + plug as u64);
+            world.sockets[plug] = Socket { plugged: found.plugged.then_some(plug), want: found.want };
+            let holder = found.holder.filter(|at| alive[*at]);
+            if let Some(at) = holder {
+                world.instances[at].holds.insert(id, plug);
+            }
+            let recorded = match (found.recorded, holder) {
+                (Some(_), Some(holder)) => Some(holder),
+                (recorded, _) => recorded,
+            };
+            if let Some(at) = recorded {
+                world.record.insert(id, (plug, vm(at)));
+            }
+        }
+        world.next_plug = sockets.len();
+        world
+    }
+
+    /// Equal for worlds in which the same can happen from now on.
+    pub(super) fn fingerprint(&self) -> u64 {
+        use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+        let Self { broker, now, sockets, instances, names, record, kept, jobs, .. } = self;
+        let mut hasher = DefaultHasher::new();
+        format!("{:?}", (broker, now, sockets, instances, names, record, kept, jobs)).hash(&mut hasher);
+        hasher.finish()
     }
 
     /// The VM whose instance has what is plugged in here.
@@ -182,6 +228,7 @@ impl World {
                 ports: PortChain::new(&[index as u8 + 1]).unwrap(),
                 want: socket.want.map(vm),
                 on_release: OnRelease::Host,
+                quota: None,
                 recalled: recorded.map(|(_, (_, vm))| vm.clone()),
             });
         }

@@ -71,7 +71,7 @@ pub struct Options {
     pub configuration: Option<u8>,
     /// How long the VM keeps its claim while the device re-enumerates.
     pub follow: Option<Duration>,
-    /// When to leave the device alone.
+    /// When to leave the device alone; none if the VM's limits or the defaults say so.
     pub flap: Option<Flap>,
     /// How many devices this rule may attach at once.
     pub max_devices: Option<u32>,
@@ -377,7 +377,7 @@ impl Resolve<'_> {
                 reset: rule.reset.unwrap_or(defaults.reset),
                 configuration: rule.configuration,
                 follow: rule.follow.or(defaults.follow),
-                flap: rule.limits.flap.or(defaults.flap),
+                flap: rule.limits.flap,
                 max_devices: rule.limits.max_devices,
             },
             claim_ports: rule.claim_ports.unwrap_or(defaults.claim_ports),

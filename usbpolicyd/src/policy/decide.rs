@@ -233,7 +233,7 @@ fn ordered<'p>(
         reset: defaults.reset,
         configuration: None,
         follow: defaults.follow,
-        flap: defaults.flap,
+        flap: None,
         max_devices: None,
     };
     (Verdict::Assign { vm: vm.clone(), rule: "order".to_owned(), options: Box::new(options) }, None)
