@@ -26,7 +26,7 @@ const BUDGET: Duration = Duration::from_millis(5);
 /// One rule for each number; a policy is a thousand of them.
 type Shape = (&'static str, fn(usize) -> String);
 
-/// The last is outside the budget: each of its rules has to search each name. Nobody writes such a policy.
+/// All are within the budget.
 const SHAPES: [Shape; 7] = [
     ("mixed", |n| SHAPES[1 + n % 5].1(n)),
     ("by id and serial", |n| format!("match = {{ id = '{:04x}:{:04x}', serial = 'S{n}*' }}", n % 40, n % 7)),
@@ -113,7 +113,7 @@ fn main() -> ExitCode {
         rounds.sort();
         let (median, worst) = (rounds[ROUNDS / 2], rounds[ROUNDS - 1]);
         println!("{name:20} {median:>10.1?} {worst:>10.1?} {load:>12.1?} {check:>12.1?}");
-        within &= median <= BUDGET || name == "by name";
+        within &= median <= BUDGET;
     }
     if within {
         ExitCode::SUCCESS

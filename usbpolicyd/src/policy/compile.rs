@@ -7,7 +7,7 @@ use common::ids::VmName;
 use serde::{Deserialize, Serialize};
 
 use super::condition::{Condition, Place, Specificity, Where};
-use super::pattern::IdPattern;
+use super::pattern::{Glob, IdPattern, Letters};
 use super::problem::Origin;
 use super::schema::{
     AssignRule, Defaults, Expect, Flap, InUse, Interfaces, Limits, Match, Mode, OnConflict, OnRelease,
@@ -175,7 +175,39 @@ struct Index {
     by_vendor: HashMap<u16, Vec<usize>>,
     by_port: HashMap<PortAddress, Vec<usize>>,
     by_subtree: HashMap<PortAddress, Vec<usize>>,
+    by_text: Vec<NeedsText>,
     others: Vec<usize>,
+}
+
+/// A rule that asks for a string of the device.
+#[derive(Clone, Copy, Debug)]
+struct NeedsText {
+    key: TextKey,
+    /// What the string has to have.
+    letters: Letters,
+    rule: usize,
+}
+
+/// One of the strings of a device.
+#[derive(Clone, Copy, Debug)]
+enum TextKey {
+    Serial,
+    Product,
+    Manufacturer,
+}
+
+impl NeedsText {
+    /// The need of one condition, if it has one: what all its globs need.
+    fn of(condition: &Condition, rule: usize) -> Option<Self> {
+        let (key, globs) = match condition {
+            Condition::Serial(globs) => (TextKey::Serial, globs),
+            Condition::Product(globs) => (TextKey::Product, globs),
+            Condition::Manufacturer(globs) => (TextKey::Manufacturer, globs),
+            _ => return None,
+        };
+        let letters = globs.iter().map(Glob::letters).reduce(Letters::common)?;
+        Some(Self { key, letters, rule })
+    }
 }
 
 /// Resolves a policy for a host. Compile again when the host's ports change.
@@ -255,6 +287,20 @@ impl CompiledPolicy {
                 found.extend(self.index.by_subtree.get(&port).into_iter().flatten());
                 above = port.parent();
             }
+        }
+        if !self.index.by_text.is_empty() {
+            let letters = |text: &Option<String>| text.as_deref().map(Letters::of);
+            let (serial, product) = (letters(&device.serial), letters(&device.product));
+            let manufacturer = letters(&device.manufacturer);
+            let fits = |need: &&NeedsText| {
+                let has = match need.key {
+                    TextKey::Serial => serial,
+                    TextKey::Product => product,
+                    TextKey::Manufacturer => manufacturer,
+                };
+                has.is_some_and(|has| has.contains(need.letters))
+            };
+            found.extend(self.index.by_text.iter().filter(fits).map(|need| need.rule));
         }
         found.sort_unstable();
         found.dedup();
@@ -336,6 +382,8 @@ impl Index {
             }
         } else if let Some(vendors) = ids.clone().find_map(|ids| vendors(ids)) {
             vendors.into_iter().for_each(|vendor| self.by_vendor.entry(vendor).or_default().push(rule));
+        } else if let Some(need) = clause.conditions.iter().find_map(|one| NeedsText::of(one, rule)) {
+            self.by_text.push(need);
         } else {
             self.others.push(rule);
         }

@@ -135,6 +135,16 @@ impl Glob {
         }
     }
 
+    /// What a text must have to fit.
+    pub fn letters(&self) -> Letters {
+        let letters = self.steps.iter().filter_map(|step| match step {
+            // Folded already where case makes no difference.
+            Step::Char(one) => Some(if self.fold_case { *one } else { folded(*one) }),
+            Step::AnyChar | Step::AnyRun => None,
+        });
+        Letters::collect(letters)
+    }
+
     /// Whether some text fits both. Exact for globs of the same case rule, and both keys that use globs have one rule.
     pub fn overlaps(&self, other: &Self) -> bool {
         let (rows, columns) = (self.steps.len(), other.steps.len());
@@ -178,6 +188,33 @@ impl Glob {
             .map(|step| if let Step::Char(one) = step { Some(*one) } else { None })
             .collect();
         literal.is_some_and(|text| self.matches(&text))
+    }
+}
+
+/// The letters of a text as a set, without case and with strange ones mixed up: a glob cannot fit a text that lacks one
+/// of the glob's. Comparing two sets costs next to nothing, comparing glob and text does not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Letters(u128);
+
+impl Letters {
+    /// Those of a text.
+    pub fn of(text: &str) -> Self {
+        Self::collect(text.chars().map(folded))
+    }
+
+    fn collect(letters: impl Iterator<Item = char>) -> Self {
+        Self(letters.fold(0, |set, one| set | 1 << (u32::from(one) % u128::BITS)))
+    }
+
+    /// Whether all of `other` are there.
+    pub const fn contains(self, other: Self) -> bool {
+        other.0 & !self.0 == 0
+    }
+
+    /// Those that are in both.
+    #[must_use]
+    pub const fn common(self, other: Self) -> Self {
+        Self(self.0 & other.0)
     }
 }
 
@@ -436,6 +473,22 @@ mod tests {
         assert!(!glob("*ab").matches("aba"));
         assert!(glob("**").matches(""));
         assert!(!glob("?").matches(""));
+    }
+
+    #[test]
+    fn text_that_fits_has_all_letters_of_the_glob() {
+        for (text, fold_case, fits) in [
+            ("*Stick*17*", true, "some STICK, number 0170"),
+            ("*Stick*17*", false, "a Stick 17"),
+            ("\u{c4}?\u{1f600}*", true, "\u{e4}b\u{1f600}"),
+            (r"a\*b", false, "a*b"),
+            ("*", true, ""),
+        ] {
+            let glob = Glob::new(text, fold_case).unwrap();
+            assert!(glob.matches(fits), "{text}");
+            assert!(Letters::of(fits).contains(glob.letters()), "{text}");
+        }
+        assert!(!Letters::of("a Stick 18").contains(glob("*Stick*17*").letters()));
     }
 
     #[test]
