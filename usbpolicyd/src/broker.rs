@@ -67,6 +67,8 @@ pub struct Entry {
     pub on_release: OnRelease,
     /// The rule that assigns it and how many devices that one may attach at once, if there is such a limit.
     pub quota: Option<(String, usize)>,
+    /// Whether the host has authorized it. A try before can only fail, and needs no long pause afterwards.
+    pub authorized: bool,
     /// The VM that a former run of this daemon gave it to. Counts only when the device is new to the broker.
     pub recalled: Option<VmName>,
 }

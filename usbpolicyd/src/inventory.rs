@@ -181,6 +181,7 @@ impl Inventory {
                 want,
                 on_release,
                 quota,
+                authorized: facts.authorized,
                 recalled: item.recalled.clone(),
             });
             item.context = context;

@@ -61,7 +61,7 @@ impl Broker {
         for entry in entries {
             if let Some(device) = self.devices.get_mut(&entry.id) {
                 device.present = true;
-                if entry.want != device.entry.want {
+                if entry.want != device.entry.want || entry.authorized && !device.entry.authorized {
                     device.backoff = Backoff::default();
                 }
                 let on_release = device.entry.on_release;

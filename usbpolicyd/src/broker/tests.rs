@@ -152,6 +152,7 @@ fn limit_of_a_vm_leaves_the_later_device_waiting() {
         want: Some(vm(0)),
         on_release: OnRelease::Host,
         quota: None,
+        authorized: true,
         recalled: None,
     };
     let mut broker = Broker::default();
@@ -171,6 +172,7 @@ fn limit_of_a_rule_leaves_the_later_device_waiting_until_the_first_is_gone() {
         want: Some(vm((id % 2) as usize)),
         on_release: OnRelease::Host,
         quota: Some(("sticks".into(), 1)),
+        authorized: true,
         recalled: None,
     };
     let mut broker = Broker::default();
@@ -198,6 +200,28 @@ fn deadline_of_the_policy_is_that_of_a_detach() {
 }
 
 #[test]
+fn device_that_gets_authorized_is_tried_at_once() {
+    let entry = |authorized| Entry {
+        id: DeviceId(1),
+        address: BusAddress { bus: 1, device: 4 },
+        ports: PortChain::new(&[1]).unwrap(),
+        want: Some(vm(0)),
+        on_release: OnRelease::Host,
+        quota: None,
+        authorized,
+        recalled: None,
+    };
+    let inventory = |authorized| Input::Inventory(vec![entry(authorized)], BTreeMap::new());
+    let mut broker = Broker::default();
+    broker.step(SECOND, Input::Up(vm(0), LinkId(1), vec![]));
+    broker.step(SECOND, inventory(false));
+    let failure = Failure { text: "it waits for authorization".to_owned(), stale: false };
+    broker.step(SECOND, Input::Prepared(DeviceId(1), Err(failure)));
+    assert_eq!(broker.step(SECOND, inventory(false)), []);
+    assert_eq!(broker.step(SECOND, inventory(true)), [Effect::Prepare(DeviceId(1))]);
+}
+
+#[test]
 fn unknown_device_in_a_list_is_adopted_by_its_place_and_detached_without_one() {
     let hold = |device: u32| Hold {
         id: DeviceId(u64::from(device) + 7000),
@@ -213,6 +237,7 @@ fn unknown_device_in_a_list_is_adopted_by_its_place_and_detached_without_one() {
         want: Some(vm(0)),
         on_release: OnRelease::Host,
         quota: None,
+        authorized: true,
         recalled: None,
     };
     broker.step(SECOND, Input::Inventory(vec![entry], BTreeMap::new()));

@@ -229,6 +229,7 @@ impl World {
                 want: socket.want.map(vm),
                 on_release: OnRelease::Host,
                 quota: None,
+                authorized: true,
                 recalled: recorded.map(|(_, (_, vm))| vm.clone()),
             });
         }
