@@ -132,7 +132,8 @@ fn keep(cli: &Cli) -> Vec<Keep> {
     });
     let vendor = Path::new(VENDOR_DIR).parent().map(Path::to_owned);
     let local = Path::new(LOCAL_DIR).parent().map(Path::to_owned);
-    let read = ["/proc", "/sys", "/run", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf"].map(PathBuf::from);
+    let read =
+        ["/proc", "/sys", "/run", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf"].map(PathBuf::from);
     let read = read.into_iter().chain([cli.run_dir.clone()]).chain(policy).chain(vendor).chain(local);
     let write = ["/dev/bus/usb"].map(PathBuf::from);
     let manage = [cli.state_dir.clone(), cli.order_dir.clone()];

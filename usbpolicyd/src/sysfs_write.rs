@@ -79,7 +79,9 @@ pub enum AskError {
         socket: PathBuf,
     },
     /// No right to ask it.
-    #[error("no right to talk to usbpolicyd-sysfs at {socket}: its socket must belong to the user of usbpolicyd")]
+    #[error(
+        "no right to talk to usbpolicyd-sysfs at {socket}: its socket must belong to the user of usbpolicyd"
+    )]
     Denied {
         /// Its socket.
         socket: PathBuf,
@@ -95,8 +97,8 @@ pub enum AskError {
 /// Asks the service at `path` and waits for its answer.
 pub fn ask(path: &Path, order: &Order) -> Result<(), AskError> {
     let no_answer = |errno: Errno| AskError::NoAnswer(errno.into());
-    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
-        .map_err(no_answer)?;
+    let socket =
+        socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).map_err(no_answer)?;
     let limit = TimeVal::seconds(ANSWER_SECONDS);
     setsockopt(&socket, sockopt::ReceiveTimeout, &limit).map_err(no_answer)?;
     setsockopt(&socket, sockopt::SendTimeout, &limit).map_err(no_answer)?;

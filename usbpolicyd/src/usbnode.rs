@@ -25,6 +25,10 @@ use crate::sysfs_write::{self, AskError, Order, Verb};
 /// How often an interface that a dying process still claims is tried again, and after what pause.
 const STILL_CLAIMED_TRIES: u32 = 20;
 const STILL_CLAIMED_PAUSE: Duration = Duration::from_millis(50);
+/// How often a node that is not ours is tried again, and after what pause: the kernel makes it for root, and udev gives it
+/// to us some milliseconds later.
+const NOT_OURS_YET_TRIES: u32 = 40;
+const NOT_OURS_YET_PAUSE: Duration = Duration::from_millis(50);
 /// Class of interfaces that only their vendor's driver knows (USB class code list).
 const CLASS_VENDOR: u8 = 0xff;
 
@@ -209,8 +213,12 @@ impl Nodes {
         file.set_configuration(value).map_err(|errno| kernel(&node, "setting the configuration", errno))
     }
 
-    /// Follows no symbolic link on the way. Not by `openat2`: `RestrictSUIDSGID=` of systemd makes it `ENOSYS`.
     fn open_fd(&self, address: BusAddress) -> Result<OwnedFd, NodeError> {
+        while_denied(NOT_OURS_YET_PAUSE, || self.try_open_fd(address))
+    }
+
+    /// Follows no symbolic link on the way. Not by `openat2`: `RestrictSUIDSGID=` of systemd makes it `ENOSYS`.
+    fn try_open_fd(&self, address: BusAddress) -> Result<OwnedFd, NodeError> {
         let node = &self.path(address);
         let failed = |errno| match errno {
             Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => NodeError::Gone { node: node.to_owned() },
@@ -322,6 +330,20 @@ impl Nodes {
         let order = Order { device: name, address: device.facts.address, verb };
         Ok(sysfs_write::ask(&self.sysfs_service, &order)?)
     }
+}
+
+/// Tries again, with pauses, what is denied.
+fn while_denied<T>(
+    pause: Duration,
+    mut attempt: impl FnMut() -> Result<T, NodeError>,
+) -> Result<T, NodeError> {
+    for _ in 0..NOT_OURS_YET_TRIES {
+        match attempt() {
+            Err(NodeError::Denied { .. }) => sleep(pause),
+            outcome => return outcome,
+        }
+    }
+    attempt()
 }
 
 /// Lets the host's drivers look at one interface. A process that just died may hold its claim a moment longer.
@@ -438,6 +460,19 @@ mod tests {
         let (device, nodes) = device(&tree);
         let error = nodes.prepare(&device, Options::default()).unwrap_err();
         assert!(matches!(error, NodeError::Gone { .. }) && error.is_stale());
+    }
+
+    #[test]
+    fn node_that_udev_gives_to_us_a_moment_later_is_opened() {
+        let denied = || Err(NodeError::Denied { node: "/dev/bus/usb/001/002".into() });
+        let mut answers = [denied(), denied(), Ok(7)].into_iter();
+        assert_eq!(while_denied(Duration::ZERO, || answers.next().unwrap()).unwrap(), 7);
+        let mut tries = 0;
+        let never: Result<(), _> = while_denied(Duration::ZERO, || {
+            tries += 1;
+            Err(NodeError::Denied { node: "/dev/bus/usb/001/002".into() })
+        });
+        assert!(matches!(never, Err(NodeError::Denied { .. })) && tries == NOT_OURS_YET_TRIES + 1);
     }
 
     #[test]

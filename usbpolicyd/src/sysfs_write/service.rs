@@ -125,7 +125,9 @@ pub fn run(cli: &Cli) -> Result<()> {
 fn inherited() -> Result<Listener> {
     let stdin = io::stdin().as_fd().try_clone_to_owned()?;
     let Ok(listener) = Listener::try_from(stdin) else {
-        bail!("standard input is no listening socket; start usbpolicyd-sysfs.socket, or use --socket {SOCKET}");
+        bail!(
+            "standard input is no listening socket; start usbpolicyd-sysfs.socket, or use --socket {SOCKET}"
+        );
     };
     Ok(listener)
 }

@@ -164,9 +164,11 @@ fn write(path: &Path, value: &'static str) -> Result<(), TreeError> {
         let is_file = file.metadata()?.is_file();
         if is_file { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) }
     };
-    open()
-        .and_then(|mut file| file.write_all(value.as_bytes()))
-        .map_err(|source| TreeError::Write { path: path.to_owned(), value, source })
+    open().and_then(|mut file| file.write_all(value.as_bytes())).map_err(|source| TreeError::Write {
+        path: path.to_owned(),
+        value,
+        source,
+    })
 }
 
 #[cfg(test)]
