@@ -58,3 +58,13 @@ pub fn stage(from: &Path, to: &Path) -> Result<()> {
         .or_else(|_| std::fs::copy(from, to).map(drop))
         .with_context(|| format!("put {} to {}", from.display(), to.display()))
 }
+
+/// A program without its debug information, most of its size: an emulated guest takes seconds to unpack that.
+pub fn stripped(program: &Path) -> Result<Vec<u8>> {
+    let file = tempfile::NamedTempFile::new()?;
+    let status = Command::new("strip").arg("-o").arg(file.path()).arg(program).status();
+    // Without binutils it is only slower.
+    let small = status.is_ok_and(|status| status.success());
+    let from = if small { file.path() } else { program };
+    std::fs::read(from).with_context(|| format!("read {}", from.display()))
+}

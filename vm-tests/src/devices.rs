@@ -66,6 +66,8 @@ impl Controller {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Kind {
     Storage { protocol: Protocol, size_bytes: u64, serial: String },
+    Phone { size_bytes: u64 },
+    CardReader { card: PathBuf },
     Plain { model: &'static str },
 }
 
@@ -125,6 +127,16 @@ impl UsbDevice {
         Self::new(name, Kind::Plain { model: "usb-hub" })
     }
 
+    /// A phone (46f4:0004, MTP) with one file of this many bytes, named after it with `.bin` behind.
+    pub fn phone(name: &str, size_bytes: u64) -> Self {
+        Self::new(name, Kind::Phone { size_bytes })
+    }
+
+    /// A smart-card reader (08e6:4433) with a card in it that is spoken to through this socket.
+    pub fn card_reader(name: &str, card: &Path) -> Self {
+        Self::new(name, Kind::CardReader { card: card.to_owned() })
+    }
+
     /// Any other model of QEMU that needs no further parts.
     pub fn model(name: &str, model: &'static str) -> Self {
         Self::new(name, Kind::Plain { model })
@@ -162,7 +174,7 @@ impl UsbDevice {
     pub fn serial_number(&self) -> &str {
         match &self.kind {
             Kind::Storage { serial, .. } => serial,
-            Kind::Plain { .. } => "",
+            Kind::Phone { .. } | Kind::CardReader { .. } | Kind::Plain { .. } => "",
         }
     }
 
@@ -184,8 +196,17 @@ impl UsbDevice {
     /// Makes its medium in `directory` if it has one.
     pub(crate) fn make_medium(&self, directory: &Path) -> Result<Option<Medium>> {
         match &self.kind {
-            Kind::Storage { size_bytes, .. } => Medium::make(directory, &self.name, *size_bytes).map(Some),
-            Kind::Plain { .. } => Ok(None),
+            Kind::Storage { size_bytes, .. } => {
+                Medium::make(directory.join(format!("{}.img", self.name)), &self.name, *size_bytes).map(Some)
+            }
+            Kind::Phone { size_bytes } => {
+                // A directory of its own: the phone shows all that is in it.
+                let directory = directory.join(&self.name);
+                std::fs::create_dir_all(&directory)?;
+                let path = directory.join(format!("{}.bin", self.name));
+                Medium::make(path, &self.name, *size_bytes).map(Some)
+            }
+            Kind::CardReader { .. } | Kind::Plain { .. } => Ok(None),
         }
     }
 
@@ -194,9 +215,15 @@ impl UsbDevice {
         let place =
             json!({"id": self.name, "bus": format!("{}.0", self.controller.name()), "port": self.port});
         let with = |extra: Value| merged(place.clone(), &extra);
-        let (Kind::Storage { protocol, serial, .. }, Some(medium)) = (&self.kind, medium) else {
-            let Kind::Plain { model } = self.kind else { return Vec::new() };
-            return vec![("device_add", with(json!({"driver": model})))];
+        let (protocol, serial, medium) = match (&self.kind, medium) {
+            (Kind::Storage { protocol, serial, .. }, Some(medium)) => (protocol, serial, medium),
+            (Kind::Phone { .. }, Some(medium)) => {
+                let phone = json!({"driver": "usb-mtp", "rootdir": medium.path.parent()});
+                return vec![("device_add", with(phone))];
+            }
+            (Kind::CardReader { card }, _) => return self.plug_card_reader(&place, card),
+            (Kind::Plain { model }, _) => return vec![("device_add", with(json!({"driver": model})))],
+            (Kind::Storage { .. } | Kind::Phone { .. }, None) => return Vec::new(),
         };
         let node = self.node();
         let add_medium = json!({
@@ -225,6 +252,26 @@ impl UsbDevice {
         commands
     }
 
+    fn plug_card_reader(&self, place: &Value, card: &Path) -> Vec<(&'static str, Value)> {
+        let line = format!("{}-line", self.name);
+        let address = json!({"type": "unix", "data": {"path": card}});
+        let backend = json!({"type": "socket", "data": {"addr": address, "server": false}});
+        let card = json!({
+            "driver": "ccid-card-passthru", "id": format!("{}-card", self.name),
+            "bus": format!("{}.0", self.name), "chardev": line,
+        });
+        vec![
+            ("chardev-add", json!({"id": line, "backend": backend})),
+            ("device_add", merged(place.clone(), &json!({"driver": "usb-ccid"}))),
+            ("device_add", card),
+        ]
+    }
+
+    /// Whether it stands on a block node.
+    pub(crate) fn has_node(&self) -> bool {
+        matches!(self.kind, Kind::Storage { .. })
+    }
+
     /// Name of the block node behind it.
     pub(crate) fn node(&self) -> String {
         format!("{}-medium", self.name)
@@ -238,7 +285,7 @@ fn merged(mut base: Value, extra: &Value) -> Value {
     base
 }
 
-/// What is stored on a stick.
+/// What is stored on a stick or a phone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Medium {
     /// The file behind it, on the machine that runs the test.
@@ -251,8 +298,7 @@ pub struct Medium {
 
 impl Medium {
     /// Fills a file with numbers that follow from its name, so that no two sticks and no two blocks are alike.
-    fn make(directory: &Path, name: &str, size_bytes: u64) -> Result<Self> {
-        let path = directory.join(format!("{name}.img"));
+    fn make(path: PathBuf, name: &str, size_bytes: u64) -> Result<Self> {
         let mut out =
             BufWriter::new(File::create(&path).with_context(|| format!("create {}", path.display()))?);
         let mut hasher = Sha256::new();
@@ -260,7 +306,8 @@ impl Medium {
             (seed ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
         });
         let mut block = Vec::with_capacity(4096);
-        for _ in 0..size_bytes / 4096 {
+        let mut left = size_bytes;
+        while left > 0 {
             block.clear();
             for _ in 0..512 {
                 // xorshift64: good enough to be different everywhere.
@@ -269,6 +316,8 @@ impl Medium {
                 state ^= state << 17;
                 block.extend_from_slice(&state.to_le_bytes());
             }
+            block.truncate(usize::try_from(left).unwrap_or(usize::MAX));
+            left -= block.len() as u64;
             hasher.update(&block);
             out.write_all(&block)?;
         }

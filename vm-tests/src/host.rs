@@ -14,6 +14,7 @@ use tempfile::TempDir;
 use crate::accel::{self, Accel};
 use crate::devices::{Controller, Plugged, UsbDevice};
 use crate::image::Image;
+use crate::initramfs::Extra;
 use crate::log::Log;
 use crate::patience::Deadline;
 use crate::qmp::Qmp;
@@ -32,6 +33,7 @@ const PROGRAMS: &[&str] = &[
     "gadget",
     "usbtest-run",
     "usb-stream",
+    "usb-client",
     "bench-probe",
 ];
 
@@ -56,11 +58,18 @@ pub struct HostConfig {
     pub memory_mib: u32,
     /// More words for its kernel command line.
     pub kernel_arguments: String,
+    /// What its guests have beyond drivers and a shell.
+    pub guest_extras: Vec<Extra>,
 }
 
 impl Default for HostConfig {
     fn default() -> Self {
-        Self { controllers: vec![Controller::Xhci], memory_mib: 3072, kernel_arguments: String::new() }
+        Self {
+            controllers: vec![Controller::Xhci],
+            memory_mib: 3072,
+            kernel_arguments: String::new(),
+            guest_extras: Vec::new(),
+        }
     }
 }
 
@@ -68,6 +77,11 @@ impl HostConfig {
     /// With these controllers.
     pub fn with(controllers: &[Controller]) -> Self {
         Self { controllers: controllers.to_vec(), ..Self::default() }
+    }
+
+    /// The same with more in its guests.
+    pub fn extras(self, guest_extras: &[Extra]) -> Self {
+        Self { guest_extras: guest_extras.to_vec(), ..self }
     }
 }
 
@@ -136,7 +150,7 @@ impl Host {
         std::fs::write(share.join("host-start.sh"), include_bytes!("host-start.sh"))?;
         std::fs::write(
             share.join("guest.initramfs"),
-            initramfs::for_guest(image, &programs.join("vm-agent"))?,
+            initramfs::for_guest(image, &programs.join("vm-agent"), &config.guest_extras)?,
         )?;
         std::fs::write(at("host.initramfs"), initramfs::for_host(image)?)?;
 
@@ -275,7 +289,7 @@ impl Host {
         self.qmp.execute("device_del", json!({"id": name}))?;
         progress(&format!("pulled {name}"));
         self.qmp.wait_event(before, "DEVICE_DELETED", UNPLUG_WITHIN, |data| data["device"] == name)?;
-        if plugged.medium.is_some() {
+        if plugged.device.has_node() {
             self.qmp.execute("blockdev-del", json!({"node-name": plugged.device.node()}))?;
         }
         Ok(())

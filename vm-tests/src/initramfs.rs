@@ -1,10 +1,10 @@
 //! The two initramfs archives: one that mounts the root of the host under test, one that is the whole guest.
 
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::binaries;
 use crate::cpio::Archive;
 use crate::image::Image;
 
@@ -17,6 +17,8 @@ pub const GUEST_MODULES_AT_START: &[&str] =
 /// Present in each guest, for `modprobe` by the tests that need them.
 const GUEST_MODULES_ON_DEMAND: &[&str] = &[
     "ext4",
+    // What ext4 asks the kernel for by name, not by symbol.
+    "crc32c_generic",
     "vfat",
     "nls_cp437",
     "nls_ascii",
@@ -56,6 +58,41 @@ const LIBRARIES: &[&str] = &[
     "usr/lib/x86_64-linux-gnu/libgcc_s.so.1",
 ];
 
+/// Something for guests that only some scenarios need; each costs a moment of every guest's start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extra {
+    /// `mkfs.ext4`.
+    Ext4,
+    /// `aplay`.
+    Player,
+    /// A program of this crate.
+    Program(&'static str),
+}
+
+impl Extra {
+    /// What it takes of the image, by its path there; libraries come to the other libraries.
+    const fn files(self) -> &'static [&'static str] {
+        match self {
+            Self::Ext4 => &[
+                "usr/sbin/mkfs.ext4",
+                "usr/lib/x86_64-linux-gnu/libext2fs.so.2",
+                "usr/lib/x86_64-linux-gnu/libcom_err.so.2",
+                "usr/lib/x86_64-linux-gnu/libblkid.so.1",
+                "usr/lib/x86_64-linux-gnu/libuuid.so.1",
+                "usr/lib/x86_64-linux-gnu/libe2p.so.2",
+                "etc/mke2fs.conf",
+            ],
+            Self::Player => &[
+                "usr/bin/aplay",
+                "usr/lib/x86_64-linux-gnu/libasound.so.2",
+                "usr/share/alsa/alsa.conf",
+                "usr/share/alsa/cards/aliases.conf",
+            ],
+            Self::Program(_) => &[],
+        }
+    }
+}
+
 /// The archive that leads the host under test to its root.
 pub fn for_host(image: &Image) -> Result<Vec<u8>> {
     let mut archive = Archive::new();
@@ -73,7 +110,7 @@ pub fn for_host(image: &Image) -> Result<Vec<u8>> {
 }
 
 /// The archive that is a guest: busybox, drivers, the agent.
-pub fn for_guest(image: &Image, agent: &Path) -> Result<Vec<u8>> {
+pub fn for_guest(image: &Image, agent: &Path, extras: &[Extra]) -> Result<Vec<u8>> {
     let mut archive = Archive::new();
     add_file(&mut archive, &image.root.join("usr/bin/busybox"), "bin/busybox")?;
     archive.link("bin/sh", "busybox");
@@ -86,7 +123,20 @@ pub fn for_guest(image: &Image, agent: &Path) -> Result<Vec<u8>> {
         };
         add_file(&mut archive, &image.root.join(library), &place)?;
     }
-    archive.file("bin/vm-agent", &stripped(agent)?, true);
+    archive.file("bin/vm-agent", &binaries::stripped(agent)?, true);
+    for extra in extras {
+        for path in extra.files() {
+            let place = if path.starts_with("usr/share/") { path } else { path.trim_start_matches("usr/") };
+            add_file(&mut archive, &image.root.join(path), place)?;
+        }
+        if let Extra::Program(name) = extra {
+            archive.file(
+                &format!("bin/{name}"),
+                &binaries::stripped(&binaries::directory()?.join(name))?,
+                true,
+            );
+        }
+    }
     let dependencies = image.dependencies()?;
     let mut wanted = GUEST_MODULES_AT_START.to_vec();
     // Some of these are built into one kernel and modules of another.
@@ -101,16 +151,6 @@ pub fn for_guest(image: &Image, agent: &Path) -> Result<Vec<u8>> {
     archive.file("load-at-start", GUEST_MODULES_AT_START.join(" ").as_bytes(), false);
     archive.file("init", include_bytes!("guest-init.sh"), true);
     Ok(archive.finish())
-}
-
-/// A program without its debug information, most of its size: an emulated guest takes seconds to unpack that.
-fn stripped(program: &Path) -> Result<Vec<u8>> {
-    let file = tempfile::NamedTempFile::new()?;
-    let status = Command::new("strip").arg("-o").arg(file.path()).arg(program).status();
-    // Without binutils it is only slower.
-    let small = status.is_ok_and(|status| status.success());
-    let from = if small { file.path() } else { program };
-    std::fs::read(from).with_context(|| format!("read {}", from.display()))
 }
 
 fn add_file(archive: &mut Archive, from: &Path, to: &str) -> Result<()> {

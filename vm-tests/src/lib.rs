@@ -7,6 +7,7 @@
 pub mod accel;
 pub mod agent;
 pub mod binaries;
+pub mod clients;
 pub mod cpio;
 pub mod daemons;
 pub mod devices;
@@ -26,6 +27,7 @@ pub mod remote;
 pub mod rig;
 pub mod scenarios;
 pub mod slots;
+pub mod smart_card;
 pub mod stream;
 pub mod usbip;
 pub mod usbtest;
@@ -41,6 +43,7 @@ pub use daemons::{Usbpolicyd, Usbvfiod};
 pub use devices::{Controller, Plugged, UsbDevice};
 pub use guest::{Guest, GuestConfig, Vmm};
 pub use host::{Host, HostConfig};
+pub use initramfs::Extra;
 pub use log::{Log, Mark};
 pub use remote::{Ended, Process, Remote};
 

@@ -195,7 +195,7 @@ impl Mover {
         }
         let mut packets = Vec::new();
         while let Some(expected) = self.in_flight.pop_front() {
-            let done = self.wait(&mut packets)?;
+            let done = wait(&mut self.queue, &mut packets, STUCK_AFTER)?;
             ensure!(done.token == expected, "transfers ended out of order");
             done.status.with_context(|| format!("transfer {}", self.report.transfers))?;
             let now = Instant::now();
@@ -223,18 +223,19 @@ impl Mover {
         self.report.transfers += 1;
         self.report.bytes += bytes;
     }
+}
 
-    fn wait(&mut self, packets: &mut Vec<PacketOutcome>) -> Result<Reaped> {
-        let deadline = Instant::now() + STUCK_AFTER;
-        loop {
-            if let Some(done) = self.queue.reap(packets).context("reap a transfer")? {
-                return Ok(done);
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            ensure!(!left.is_zero(), "a transfer did not end within {STUCK_AFTER:?}");
-            let mut waiting = [PollFd::new(self.queue.file().as_fd(), PollFlags::POLLOUT)];
-            let limit = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            poll(&mut waiting, limit).context("wait for a transfer")?;
+/// Waits for the next transfer that ends.
+pub fn wait(queue: &mut UrbQueue, packets: &mut Vec<PacketOutcome>, within: Duration) -> Result<Reaped> {
+    let deadline = Instant::now() + within;
+    loop {
+        if let Some(done) = queue.reap(packets).context("reap a transfer")? {
+            return Ok(done);
         }
+        let left = deadline.saturating_duration_since(Instant::now());
+        ensure!(!left.is_zero(), "a transfer did not end within {within:?}");
+        let mut waiting = [PollFd::new(queue.file().as_fd(), PollFlags::POLLOUT)];
+        let limit = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        poll(&mut waiting, limit).context("wait for a transfer")?;
     }
 }

@@ -1,7 +1,6 @@
 //! Devices that live in the host under test: USB/IP devices ([`crate::usbip`]) and gadgets ([`crate::gadget`]), plugged
 //! and pulled by a scenario.
 
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -105,16 +104,9 @@ pub fn wait_id(machine: &Remote, id: &str) -> Result<()> {
     ended.map(drop).with_context(|| format!("waiting for {negate}{id}"))
 }
 
-/// Puts one of our programs into a guest, without its debug information: most of it, and the line is slow.
+/// Puts one of our programs into a running guest.
 pub fn install(guest: &Guest, program: &str) -> Result<()> {
-    let directory = tempfile::tempdir()?;
-    let small = directory.path().join(program);
-    let from = binaries::directory()?.join(program);
-    let status = Command::new("strip").arg("-o").args([&small, &from]).status().context("start strip")?;
-    if !status.success() {
-        bail!("strip {}: {status}", from.display());
-    }
     let path = format!("/bin/{program}");
-    guest.remote().write_file(&path, &std::fs::read(&small)?)?;
+    guest.remote().write_file(&path, &binaries::stripped(&binaries::directory()?.join(program))?)?;
     guest.run(&format!("chmod +x {path}")).map(drop)
 }

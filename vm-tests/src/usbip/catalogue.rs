@@ -3,8 +3,11 @@
 use super::descriptors::Speed;
 use super::model::Model;
 use super::models::counted::{Bulk, Isochronous};
+use super::models::disk::Disk;
 use super::models::hostile::{Fault, Hostile, Lie};
+use super::models::security_key::SecurityKey;
 use super::models::serial::Serial;
+use super::models::speaker::Speaker;
 use super::models::usbtest::UsbTest;
 
 /// What can be chosen of a device besides its name.
@@ -26,6 +29,9 @@ pub const NAMES: &[&str] = &[
     "bulk",
     "isochronous",
     "serial",
+    "disk",
+    "speaker",
+    "security-key",
     "total-length-huge",
     "total-length-small",
     "length-zero",
@@ -57,6 +63,9 @@ pub fn make(name: &str, choice: &Choice) -> Option<Box<dyn Model>> {
         "bulk" => Box::new(Bulk::new(*speed, serial)),
         "isochronous" => Box::new(Isochronous::new(*speed, *iso_packet, *iso_interval, serial)),
         "serial" => Box::new(Serial::new(*speed, serial)),
+        "disk" => Box::new(Disk::new(*speed, serial)),
+        "speaker" => Box::new(Speaker::new(*speed, serial)),
+        "security-key" => Box::new(SecurityKey::new(*speed, serial)),
         "total-length-huge" => lying(Lie::TotalLengthHuge),
         "total-length-small" => lying(Lie::TotalLengthSmall),
         "length-zero" => lying(Lie::LengthZero),

@@ -64,22 +64,29 @@ pub struct Endpoint {
     pub max_packet: u16,
     /// bInterval as it stands in the descriptor.
     pub interval: u8,
+    /// Class-specific descriptors behind it.
+    pub extra: &'static [u8],
 }
 
 impl Endpoint {
     /// A bulk endpoint.
     pub const fn bulk(address: u8, speed: Speed) -> Self {
-        Self { address, kind: Kind::Bulk, max_packet: speed.bulk_packet(), interval: 0 }
+        Self { address, kind: Kind::Bulk, max_packet: speed.bulk_packet(), interval: 0, extra: &[] }
     }
 
     /// An interrupt endpoint.
     pub const fn interrupt(address: u8, max_packet: u16, interval: u8) -> Self {
-        Self { address, kind: Kind::Interrupt, max_packet, interval }
+        Self { address, kind: Kind::Interrupt, max_packet, interval, extra: &[] }
     }
 
     /// An isochronous endpoint, asynchronous, for data.
     pub const fn isochronous(address: u8, max_packet: u16, interval: u8) -> Self {
-        Self { address, kind: Kind::Isochronous, max_packet, interval }
+        Self { address, kind: Kind::Isochronous, max_packet, interval, extra: &[] }
+    }
+
+    /// The same with class-specific descriptors behind it.
+    pub const fn with(self, extra: &'static [u8]) -> Self {
+        Self { extra, ..self }
     }
 
     fn encode(self, speed: Speed, to: &mut Vec<u8>) {
@@ -92,6 +99,7 @@ impl Endpoint {
             let [low, high] = if self.kind == Kind::Bulk { [0, 0] } else { [low, high] };
             to.extend_from_slice(&[6, 48, 0, 0, low, high]);
         }
+        to.extend_from_slice(self.extra);
     }
 }
 
