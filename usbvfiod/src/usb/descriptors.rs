@@ -84,6 +84,19 @@ impl Configuration {
         numbers
     }
 
+    /// How many of `asked` streams these endpoints can use: a guest's stream array has a power of two of entries, the first
+    /// of them reserved, so that it has room for more streams than a device has, and those are never named. Endpoints
+    /// without any streams do not count; the kernel refuses them.
+    pub fn usable_streams(&self, endpoints: &[u8], asked: u16) -> u16 {
+        let offered = |address: u8| {
+            let all = self.alternates.iter().flat_map(|alternate| &alternate.endpoints);
+            all.filter(|endpoint| endpoint.address == address).map(|endpoint| endpoint.streams_exponent).max()
+        };
+        let exponents = endpoints.iter().filter_map(|&address| offered(address)).filter(|&offer| offer > 0);
+        let fewest = exponents.map(|exponent| 1_u32 << exponent.min(16)).min();
+        fewest.and_then(|fewest| u16::try_from(fewest).ok()).map_or(asked, |fewest| fewest.min(asked))
+    }
+
     /// Takes one configuration descriptor and what follows it; it may be cut short.
     fn parse(bytes: &[u8]) -> Option<Self> {
         if bytes.len() < 9 || bytes[1] != CONFIGURATION {

@@ -14,8 +14,8 @@ use crate::urb::{DeviceOp, OpError};
 
 /// `bDeviceClass` of hubs, which reach devices of others.
 const CLASS_HUB: u8 = 9;
-/// Stream ids asked for when we look whether the host has streams.
-const STREAMS_TO_PROBE: u16 = 16;
+/// Stream ids asked for when we look whether the host has streams: as many as the controller's largest stream array has.
+const STREAMS_TO_PROBE: u16 = 31;
 
 /// What usbpolicyd says about a file it hands over.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -201,8 +201,10 @@ impl Link {
 
     fn alloc_streams(&mut self, endpoints: &[u8], streams: u16) -> nix::Result<()> {
         let file = self.urbs.file();
-        let granted = file.alloc_streams(endpoints, streams)?;
-        if granted < u32::from(streams) {
+        let configuration = self.descriptors.configuration(self.configuration);
+        let needed = configuration.map_or(streams, |active| active.usable_streams(endpoints, streams));
+        let granted = file.alloc_streams(endpoints, needed)?;
+        if granted < u32::from(needed) {
             file.free_streams(endpoints)?;
             return Err(Errno::ENOSPC);
         }
@@ -261,8 +263,9 @@ impl Link {
             if endpoints.is_empty() || file.set_interface(setting.interface, setting.setting).is_err() {
                 return false;
             }
-            let granted = file.alloc_streams(&endpoints, STREAMS_TO_PROBE);
-            debug!(interface = setting.interface, ?granted, "looked for streams");
+            let needed = configuration.usable_streams(&endpoints, STREAMS_TO_PROBE);
+            let granted = file.alloc_streams(&endpoints, needed);
+            debug!(interface = setting.interface, needed, ?granted, "looked for streams");
             if granted.is_ok()
                 && let Err(error) = file.free_streams(&endpoints)
             {
@@ -271,7 +274,7 @@ impl Link {
             if let Err(error) = file.set_interface(setting.interface, 0) {
                 warn!(%error, "alternate setting 0 could not be restored");
             }
-            granted.is_ok_and(|count| count > 0)
+            granted.is_ok_and(|count| count >= u32::from(needed))
         })
     }
 }

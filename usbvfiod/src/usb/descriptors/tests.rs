@@ -38,6 +38,25 @@ fn stick_is_read_with_its_alternates_and_streams() {
 }
 
 #[test]
+fn guest_whose_stream_array_has_room_for_more_than_the_device_has_gets_what_there_is() {
+    let mut bytes = stick();
+    let of = |bytes: &[u8], endpoints: &[u8], asked| {
+        let descriptors = Descriptors::parse(bytes).unwrap();
+        descriptors.configuration(1).unwrap().usable_streams(endpoints, asked)
+    };
+
+    // 16 streams need 32 entries in the array: 31 without the reserved one.
+    assert_eq!([31, 16, 7].map(|asked| of(&bytes, &[0x81, 0x02], asked)), [16, 16, 7]);
+    assert_eq!(of(&bytes, &[0x83], 31), 31, "an endpoint that does not exist");
+    // The last companion descriptor stands before the last pipe usage descriptor.
+    let companion = bytes.len() - 4 - 6;
+    bytes[companion + 3] = 2;
+    assert_eq!(of(&bytes, &[0x81, 0x02], 31), 4);
+    bytes[companion + 3] = 16;
+    assert_eq!(of(&bytes, &[0x02], 31), 31);
+}
+
+#[test]
 fn two_configurations_are_told_apart_by_their_total_length() {
     let mut bytes = stick();
     let mut second = bytes[18..].to_vec();

@@ -325,7 +325,8 @@ fn streams(device: &str) -> Result<()> {
     rig.cancel(&[idle]);
     ensure!(rig.wait(idle)?.status == UrbStatus::Cancelled);
     ensure!(rig.operate(DeviceOp::FreeStreams { endpoints: endpoints.clone() })? == Ok(()));
-    ensure!(rig.operate(DeviceOp::AllocStreams { endpoints, streams: 65000 })? == Err(OpError::NoResources));
+    // A guest's array for 16 streams has room for 31.
+    ensure!(rig.operate(DeviceOp::AllocStreams { endpoints, streams: 31 })? == Ok(()), "a guest's array");
     println!("streams work");
     rig.detach()
 }
