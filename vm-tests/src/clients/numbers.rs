@@ -18,6 +18,8 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(60);
 /// Where scenarios let a sender or receiver wait.
 pub const NETWORK_PORT: u16 = 5001;
 const PIECE_BYTES: usize = 64 * 1024;
+/// How often a receiver tells how far it has come.
+const TELL_EACH_BYTES: u64 = 10_000_000;
 
 /// What was moved.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
@@ -107,7 +109,12 @@ fn receive_from(mut from: impl Read, bytes: u64) -> Result<Moved> {
         };
         start.get_or_insert_with(Instant::now);
         moved.wrong += check_stream(moved.bytes, &piece[..length]).0;
+        let told = moved.bytes / TELL_EACH_BYTES;
         moved.bytes += length as u64;
+        if moved.bytes / TELL_EACH_BYTES > told {
+            let seconds = start.map_or(0.0, |start: Instant| start.elapsed().as_secs_f32());
+            eprintln!("{} bytes after {seconds:.1} s", moved.bytes);
+        }
     }
     moved.seconds = start.map_or(0.0, |start: Instant| start.elapsed().as_secs_f64());
     Ok(moved)

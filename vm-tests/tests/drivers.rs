@@ -1,0 +1,240 @@
+//! The drivers of a stock guest at work, one kind of device after the other, each moving data that is compared.
+//! Several devices share a host and a guest: what they cost is mostly the start of those.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use vm_tests::scenarios::Client;
+use vm_tests::smart_card::{self, SmartCard};
+use vm_tests::virtual_devices::{UsbIpDevice, plug_gadget};
+use vm_tests::{
+    Extra, Guest, Host, HostConfig, Plugged, UsbDevice, Usbpolicyd, Usbvfiod, devices, on_each_client,
+    progress, scenario,
+};
+
+/// Everything in this file goes to vm1.
+const POLICY: &str = r#"
+schema = 1
+[vms.vm1]
+[[assign]]
+vm = "vm1"
+match = { id = ["46f4:*", "1209:*", "1d6b:0105", "1d6b:0106", "08e6:4433"] }
+"#;
+
+/// What moves megabytes through two emulated processors on a busy machine.
+const MOVED_WITHIN: Duration = Duration::from_secs(600);
+
+/// What moves little.
+const DONE_WITHIN: Duration = Duration::from_secs(120);
+
+on_each_client!(
+    stick_keeps_files_on_ext4,
+    serial_line_echoes_and_network_answers,
+    key_card_and_phone_with_sleeping_hubs,
+);
+
+fn stick_keeps_files_on_ext4(client: Client) -> Result<()> {
+    let config = HostConfig::default().extras(&[Extra::Ext4]);
+    scenario(&config, |host| {
+        let _policy = Usbpolicyd::start(host, POLICY)?;
+        let controller = Usbvfiod::start(host, "vm1")?;
+        let guest = Guest::start(host, &client.guest("vm1"))?;
+
+        let stick = host.plug(UsbDevice::stick("stick1").size_mib(32).port("1"))?;
+        let disk = Disk::wait(&guest, "46f4:0001")?;
+        disk.check("usb-storage", "5000")?;
+        disk.keep_files_on_ext4()?;
+        disk.compare_with(&stick)?;
+
+        controller.stop()
+    })
+}
+
+/// A disk in a guest.
+struct Disk<'a> {
+    guest: &'a Guest,
+    /// Its USB device in sysfs.
+    place: String,
+    /// Its block device.
+    node: String,
+}
+
+impl<'a> Disk<'a> {
+    /// Waits until the guest has made a disk of the device with this `vendor:product`.
+    fn wait(guest: &'a Guest, id: &str) -> Result<Self> {
+        let place = place_of(guest, id)?;
+        let script = format!(
+            "while :; do for block in {place}/*:*/host*/target*/*/block/*; do \
+               [ -b /dev/${{block##*/}} ] && [ \"$(cat $block/size)\" != 0 ] && echo /dev/${{block##*/}} && exit; \
+             done; usleep 20000; done"
+        );
+        let node = guest.run_within(&script, DONE_WITHIN).with_context(|| format!("no disk of {id}"))?;
+        progress(&format!("the guest has {id} as {node}"));
+        Ok(Self { guest, place, node })
+    }
+
+    /// Which driver has it, and how fast it runs (megabits).
+    fn check(&self, driver: &str, speed: &str) -> Result<()> {
+        let Self { guest, place, .. } = self;
+        let is = guest.run(&format!("basename $(readlink {place}/*:1.0/driver); cat {place}/speed"))?;
+        ensure!(is.lines().eq([driver, speed]), "driver and speed are {is}");
+        Ok(())
+    }
+
+    /// Makes a file system, writes files, unmounts, mounts again and compares.
+    fn keep_files_on_ext4(&self) -> Result<()> {
+        let script = format!(
+            "set -e; modprobe -a crc32c_generic ext4; mkfs.ext4 -q -F {node}; mount -t ext4 {node} /mnt; \
+             mkdir -p /mnt/a/b; \
+             for n in $(seq 40); do dd if=/dev/urandom of=/mnt/a/b/$n bs=$((n * 97)) count=1 2>/dev/null; done; \
+             dd if=/dev/urandom of=/mnt/large bs=64k count=96 2>/dev/null; \
+             (cd /mnt; find . -type f | sort | xargs sha256sum) > /sums; umount /mnt; \
+             echo 3 > /proc/sys/vm/drop_caches; mount -t ext4 {node} /mnt; \
+             (cd /mnt; sha256sum -c /sums > /dev/null); umount /mnt; wc -l < /sums",
+            node = self.node
+        );
+        let files = self.guest.run_within(&script, MOVED_WITHIN)?;
+        ensure!(files == "41", "{files} files");
+        progress("ext4: 41 files written, mounted again and compared");
+        Ok(())
+    }
+
+    /// What the guest reads is what lies in the medium, on the other side of everything.
+    fn compare_with(&self, plugged: &Plugged) -> Result<()> {
+        let medium = plugged.medium.as_ref().context("a disk has a medium")?;
+        let read = self.guest.sha256_of(&self.node, medium.size_bytes)?;
+        ensure!(read == medium.sha256_now()?, "the guest reads {read}, which is not what the medium holds");
+        ensure!(read != medium.sha256, "the guest's writes have not reached the medium");
+        Ok(())
+    }
+}
+
+/// The device with this `vendor:product` in the guest's sysfs, as soon as it is configured.
+fn place_of(guest: &Guest, id: &str) -> Result<String> {
+    let script = format!(
+        "while :; do for place in /sys/bus/usb/devices/*; do \
+           [ \"$(cat $place/idVendor 2>/dev/null):$(cat $place/idProduct 2>/dev/null)\" = {id} ] || continue; \
+           ls -d $place/*:1.0 >/dev/null 2>&1 && echo $place && exit; \
+         done; usleep 20000; done"
+    );
+    guest.run_within(&script, DONE_WITHIN).with_context(|| format!("the guest does not see {id}"))
+}
+
+fn serial_line_echoes_and_network_answers(client: Client) -> Result<()> {
+    let config = HostConfig::default().extras(&[Extra::Program("usb-client")]);
+    scenario(&config, |host| {
+        let _policy = Usbpolicyd::start(host, POLICY)?;
+        let controller = Usbvfiod::start(host, "vm1")?;
+        let guest = Guest::start(host, &client.guest("vm1"))?;
+        guest.run("modprobe -a cdc_acm cdc_ncm")?;
+        plug_gadget(host, "line", "acm", "high", "")?;
+        plug_gadget(host, "net", "ncm", "super", "")?;
+
+        let place = place_of(&guest, "1d6b:0105")?;
+        guest.wait_path("/dev/ttyACM0", DONE_WITHIN)?;
+        let echo = "exec 3<>/dev/ttyGS0; stty raw -echo <&3; echo ready >&2; exec cat <&3 >&3";
+        let echo = host.spawn(&["sh", "-c", echo])?;
+        echo.log().wait("ready", DONE_WITHIN)?;
+        guest.run("stty -F /dev/ttyACM0 raw -echo")?;
+        expect_echo(&guest, 1 << 20)?;
+        // With nobody at the line it goes to sleep, and wakes up for the next.
+        fall_asleep(&guest, &place)?;
+        expect_echo(&guest, 64 << 10)?;
+        echo.signal(nix::sys::signal::Signal::SIGTERM)?;
+
+        network(host, &guest)?;
+        controller.stop()
+    })
+}
+
+fn expect_echo(guest: &Guest, bytes: u64) -> Result<()> {
+    let moved = report(guest, &format!("echo /dev/ttyACM0 --bytes {bytes}"))?;
+    progress(&format!("serial echo: {moved}"));
+    ensure!(moved["bytes"] == bytes && moved["wrong"] == 0, "{moved}");
+    Ok(())
+}
+
+fn network(host: &Host, guest: &Guest) -> Result<()> {
+    let place = place_of(guest, "1d6b:0106")?;
+    let name = "$(cat /sys/kernel/config/usb_gadget/net/functions/ncm.0/ifname)";
+    host.run(&format!("ip address add 10.77.0.1/24 dev {name}; ip link set {name} up"))?;
+    guest.run_within(
+        &format!(
+            "until name=$(ls {place}/*:*/net); do usleep 20000; done 2>/dev/null; \
+             ip address add 10.77.0.2/24 dev $name; ip link set $name up; \
+             until ping -c 1 -W 1 10.77.0.1 > /dev/null; do :; done"
+        ),
+        DONE_WITHIN,
+    )?;
+    let pings = guest.run("ping -c 5 -s 1400 -i 0.2 10.77.0.1 | grep loss")?;
+    ensure!(pings.contains(" 0% packet loss"), "{pings}");
+    progress(&format!("ping: {pings}"));
+
+    Ok(())
+}
+
+/// Runs `usb-client` in a guest and reads its report.
+fn report(guest: &Guest, arguments: &str) -> Result<Value> {
+    let text = guest.run_within(&format!("usb-client {arguments}"), MOVED_WITHIN)?;
+    serde_json::from_str(&text).with_context(|| text)
+}
+
+/// Lets a device be suspended, as a desktop's rules do, and waits until it is.
+fn fall_asleep(guest: &Guest, place: &str) -> Result<()> {
+    let script = format!(
+        "echo 50 > {place}/power/autosuspend_delay_ms; echo auto > {place}/power/control; \
+         until grep -qx suspended {place}/power/runtime_status; do usleep 20000; done"
+    );
+    guest.run_within(&script, DONE_WITHIN).with_context(|| format!("{place} stays awake"))?;
+    progress(&format!("{place} is suspended"));
+    Ok(())
+}
+
+fn key_card_and_phone_with_sleeping_hubs(client: Client) -> Result<()> {
+    let config = HostConfig::default().extras(&[Extra::Program("usb-client")]);
+    scenario(&config, |host| {
+        let _policy = Usbpolicyd::start(host, POLICY)?;
+        let controller = Usbvfiod::start(host, "vm1")?;
+        let guest = Guest::start(host, &client.guest("vm1"))?;
+        // Nothing is plugged in: the guest's hubs sleep, by its defaults, and every plug below wakes one.
+        guest.run_within(
+            "until [ $(cat /sys/bus/usb/devices/usb?/power/runtime_status | grep -cx suspended) = 2 ]; \
+             do usleep 50000; done",
+            DONE_WITHIN,
+        )?;
+        progress("both root hubs are suspended");
+
+        let card = SmartCard::new()?;
+        let key = UsbIpDevice::plug(host, "security-key", &["--speed", "full"])?;
+        host.plug(UsbDevice::card_reader("reader1", &card.socket()).port("3"))?;
+        let phone = host.plug(UsbDevice::phone("phone1", (3 << 20) + 17).port("4"))?;
+
+        let place = place_of(&guest, "1209:0006")?;
+        let node = guest.run_within(
+            &format!(
+                "until node=$(ls -d {place}/*:*/*/hidraw/hidraw*); do usleep 20000; done 2>/dev/null; \
+                 echo /dev/${{node##*/}}"
+            ),
+            DONE_WITHIN,
+        )?;
+        let echoed = report(&guest, &format!("key {node}"))?;
+        let seen = key.statistics()?;
+        progress(&format!("security key: {echoed}, {}", seen["device"]["model"]));
+        ensure!(seen["device"]["model"]["pings"] == 8, "{seen}");
+
+        place_of(&guest, "08e6:4433")?;
+        let report_of_card = report(&guest, "card --id 08e6:4433")?;
+        progress(&format!("smart card: {report_of_card}"));
+        ensure!(report_of_card["answer"] == devices::hex(smart_card::ANSWER), "{report_of_card}");
+        // Present, inactive after the power was taken away.
+        ensure!(report_of_card["status"][2] == 1, "{report_of_card}");
+
+        place_of(&guest, "46f4:0004")?;
+        let files = report(&guest, "phone --id 46f4:0004")?;
+        progress(&format!("phone: {files}"));
+        ensure!(files["files"]["phone1.bin"] == phone.sha256(), "the file is {}", phone.sha256());
+
+        controller.stop()
+    })
+}
