@@ -60,6 +60,11 @@ impl Capabilities {
         self.0 & 0x10 != 0
     }
 
+    /// [`UsbfsFile::allow_suspend`] works (`USBDEVFS_CAP_SUSPEND`).
+    pub const fn has_suspend(self) -> bool {
+        self.0 & 0x100 != 0
+    }
+
     /// [`UsbfsFile::map`] works (`USBDEVFS_CAP_MMAP`).
     pub const fn has_mmap(self) -> bool {
         self.0 & 0x20 != 0
@@ -254,6 +259,18 @@ impl UsbfsFile {
     pub fn reset(&self) -> nix::Result<()> {
         // SAFETY: no argument.
         unsafe { call::reset(self.raw()) }.map(drop)
+    }
+
+    /// Lets the host suspend the device although its file is open. It does if its `power/control` is `auto`.
+    pub fn allow_suspend(&self) -> nix::Result<()> {
+        // SAFETY: no argument.
+        unsafe { call::allow_suspend(self.raw()) }.map(drop)
+    }
+
+    /// Wakes the device, and takes [`Self::allow_suspend`] back. Can wait.
+    pub fn forbid_suspend(&self) -> nix::Result<()> {
+        // SAFETY: no argument.
+        unsafe { call::forbid_suspend(self.raw()) }.map(drop)
     }
 
     /// Allocates stream ids 1..=`streams` for bulk endpoints of one interface; says how many there are now.

@@ -80,6 +80,7 @@ const NEVER: &[(&str, &[&str])] = &[
     ),
     // What a guest, a device or a VMM can make appear in the log goes through `common::limited!`.
     ("usbvfiod/src/xhci", UNLIMITED),
+    ("usbvfiod/src/usb", UNLIMITED),
     ("usbvfiod/src/vfio_user", UNLIMITED),
     ("usbvfiod/src/pci", UNLIMITED),
     ("usbvfiod/src/guest_memory", UNLIMITED),

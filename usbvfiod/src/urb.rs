@@ -177,10 +177,10 @@ pub enum DeviceOp {
         /// The endpoints, all of one interface.
         endpoints: Vec<u8>,
     },
-    /// The guest put the port into U3: the host may suspend the device (`USBDEVFS_ALLOW_SUSPEND`). Ends at once; a wake-up
-    /// by the device is an input of its own. A transport that cannot do it answers success.
+    /// The guest put the port into U3. The host may suspend the device, or the transport listens to it if the guest lets it
+    /// wake it; a wake-up is an input of its own. A transport that can do neither answers success.
     Suspend,
-    /// The guest resumed the port: the host wakes the device (`USBDEVFS_FORBID_SUSPEND`).
+    /// The port has left U3: the host wakes the device.
     Resume,
 }
 

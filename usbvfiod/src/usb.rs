@@ -13,6 +13,7 @@ mod payload;
 mod pool;
 mod status;
 mod uas;
+mod wake;
 
 pub use descriptors::{Alternate, Configuration, DescriptorError, Descriptors, Endpoint};
 pub use device_set::{Counters, DeviceEvent, DeviceSet};

@@ -77,6 +77,8 @@ pub struct Rig {
     refused: Option<Refused>,
     /// Whether the transport said that the device is gone.
     pub gone: bool,
+    /// How often the device asked to be heard while it was suspended.
+    pub woke: u32,
     detached: bool,
 }
 
@@ -107,12 +109,12 @@ fn limits() -> Result<Limits> {
 }
 
 impl Rig {
-    /// Attaches a device of the host with this much guest memory.
-    pub fn attach(name: &str, memory_len: usize) -> Result<Self> {
+    /// Without any device, with this much guest memory.
+    pub fn new(memory_len: usize) -> Result<Self> {
         let set = DeviceSet::new(Lanes::start(2)?, limits()?);
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(set.lane_fd(), EpollEvent::new(EpollFlags::EPOLLIN, LANE_READY))?;
-        let mut rig = Self {
+        Ok(Self {
             memory: Memory::new(memory_len),
             set,
             device: DeviceHandle(0),
@@ -124,8 +126,14 @@ impl Rig {
             attached: BTreeMap::new(),
             refused: None,
             gone: false,
+            woke: 0,
             detached: false,
-        };
+        })
+    }
+
+    /// Attaches a device of the host with this much guest memory.
+    pub fn attach(name: &str, memory_len: usize) -> Result<Self> {
+        let mut rig = Self::new(memory_len)?;
         rig.attach_another(name)?;
         Ok(rig)
     }
@@ -133,6 +141,11 @@ impl Rig {
     /// Attaches one more device. What follows goes to this one; see [`Self::select`].
     pub fn attach_another(&mut self, name: &str) -> Result<DeviceHandle> {
         let (fd, handover) = open_node(name)?;
+        self.attach_file(fd, handover)
+    }
+
+    /// Attaches what a file is said to be.
+    pub fn attach_file(&mut self, fd: OwnedFd, handover: Handover) -> Result<DeviceHandle> {
         let device = DeviceHandle(self.device.0 + 1);
         self.set.attach(device, fd, handover);
         self.turn_until(|rig| rig.attached.contains_key(&device) || rig.refused.is_some())?;
@@ -301,6 +314,7 @@ impl Rig {
                     let again = self.operated.insert(id, result);
                     assert!(again.is_none(), "an operation has one outcome");
                 }
+                DeviceEvent::Woke { .. } => self.woke += 1,
                 DeviceEvent::Gone { .. } => self.gone = true,
                 DeviceEvent::Detached { .. } => self.detached = true,
                 DeviceEvent::Attached { device, info } => drop(self.attached.insert(device, info)),

@@ -148,6 +148,8 @@ pub mod number {
         DROP_PRIVILEGES = request_code_write!(b'U', 30, UINT);
         GET_SPEED = request_code_none!(b'U', 31);
         CONNINFO_EX = request_code_read!(b'U', 32, size_of::<ConnInfoEx>());
+        FORBID_SUSPEND = request_code_none!(b'U', 33);
+        ALLOW_SUSPEND = request_code_none!(b'U', 34);
     }
 }
 
@@ -176,6 +178,8 @@ pub(super) mod call {
     ioctl_write_ptr_bad!(free_streams, number::FREE_STREAMS, Streams);
     ioctl_write_ptr_bad!(drop_privileges, number::DROP_PRIVILEGES, u32);
     ioctl_none!(get_speed, b'U', 31);
+    ioctl_none!(forbid_suspend, b'U', 33);
+    ioctl_none!(allow_suspend, b'U', 34);
     ioctl_readwrite_bad!(conninfo_ex, number::CONNINFO_EX, ConnInfoEx);
 }
 
@@ -185,7 +189,7 @@ mod tests {
 
     #[test]
     fn request_numbers_are_those_of_the_kernel_header() {
-        let expected: [(u64, u64); 21] = [
+        let expected: [(u64, u64); 23] = [
             (number::CONTROL, 0xc018_5500),
             (number::SETINTERFACE, 0x8008_5504),
             (number::SETCONFIGURATION, 0x8004_5505),
@@ -207,6 +211,8 @@ mod tests {
             (number::DROP_PRIVILEGES, 0x4004_551e),
             (number::GET_SPEED, 0x551f),
             (number::CONNINFO_EX, 0x8018_5520),
+            (number::FORBID_SUSPEND, 0x5521),
+            (number::ALLOW_SUSPEND, 0x5522),
         ];
         for (ours, kernel) in expected {
             assert_eq!(ours, kernel, "{ours:#x} is not {kernel:#x}");

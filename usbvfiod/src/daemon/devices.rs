@@ -23,6 +23,9 @@ impl Daemon {
             DeviceEvent::Operated { id, result, .. } => {
                 self.controller.operation_done(now, &self.memory, id, result, &mut self.effects);
             }
+            DeviceEvent::Woke { device } => {
+                self.controller.wake(now, &self.memory, device, &mut self.effects);
+            }
             DeviceEvent::Attached { device, info } => self.on_opened(device, &info),
             DeviceEvent::Refused { device, reason } => {
                 if let Some(entry) = self.book.close(device) {

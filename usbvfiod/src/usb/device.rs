@@ -3,22 +3,25 @@
 //! The kernel's half ([`Link`]) is here unless a lane works with it. While it is away transfers wait, and what has
 //! ended is reaped when it is back.
 
+mod outcome;
+
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use common::usbfs::{PacketOutcome, ReapError, Reaped, UrbBuffer, UrbKind, UrbToken, UsbfsFile};
+use common::limited;
+use common::usbfs::{PacketOutcome, ReapError, UrbBuffer, UrbKind, UrbToken, UsbfsFile};
 use nix::errno::Errno;
-use tracing::{debug, warn};
 
 use super::device_set::{Counters, DeviceEvent};
 use super::lane::Work;
 use super::link::Link;
-use super::payload::{copy_packets_to_guest, copy_to_guest, fill, urb_len};
+use super::payload::{copy_to_guest, fill, urb_len};
 use super::pool::{Budget, Pool};
-use super::{status, uas};
+use super::status;
+use super::wake::Wake;
 use crate::urb::{
-    DeviceHandle, DeviceOp, DmaFault, GuestMem, OpError, OpId, PacketResult, Payload, TransferId,
-    TransferKind, UrbCompletion, UrbRequest, UrbStatus,
+    DeviceHandle, DeviceOp, DmaFault, GuestMem, OpError, OpId, Payload, TransferId, TransferKind,
+    UrbCompletion, UrbRequest, UrbStatus,
 };
 
 /// The controller gets its answer after so long, whatever the device does: a Linux guest declares a controller dead
@@ -43,6 +46,8 @@ enum Owed {
     CancelBy(Instant),
     /// Nothing: the controller has been told, and guest memory must not be touched.
     Nothing,
+    /// Nothing: it is our own, and listens while the guest sleeps.
+    Wake,
 }
 
 /// A URB in flight.
@@ -85,6 +90,7 @@ pub(super) struct Device {
     retry_at: Option<Instant>,
     retry_pause: Duration,
     gone: bool,
+    wake: Wake,
     /// Scratch for packet outcomes.
     packets: Vec<PacketOutcome>,
     pub(super) counters: Counters,
@@ -119,6 +125,7 @@ impl Device {
             retry_at: None,
             retry_pause: RETRY_FIRST,
             gone: false,
+            wake: Wake::default(),
             packets: Vec::new(),
             counters: Counters::default(),
         }
@@ -167,6 +174,9 @@ impl Device {
             }
             transfer.abandoned |= abandon;
             if transfer.owed == Owed::Outcome {
+                if !abandon {
+                    self.wake.taken_back(&transfer.request);
+                }
                 transfer.owed = Owed::CancelBy(now + ANSWER_WITHIN);
                 tokens.push((transfer.request.id, transfer.token));
             }
@@ -179,6 +189,9 @@ impl Device {
         self.waiting = kept;
         // Newest first: otherwise the end of one starts the next.
         for request in cancelled.into_iter().rev() {
+            if !abandon {
+                self.wake.taken_back(&request);
+            }
             self.report(request, UrbStatus::Cancelled, 0, Vec::new(), sink);
         }
         tokens.sort_unstable_by_key(|&(id, _)| std::cmp::Reverse(id));
@@ -195,11 +208,20 @@ impl Device {
 
     /// Queues an operation for the lane.
     pub(super) fn operate(&mut self, id: OpId, op: DeviceOp, now: Instant, sink: &mut Sink<'_>) {
-        if self.gone || self.jobs.len() >= JOBS_MAX {
+        let is_resume = op == DeviceOp::Resume;
+        // A device must not sleep on because of what is queued before; a controller sends one Resume for each Suspend.
+        if self.gone || (self.jobs.len() >= JOBS_MAX && !is_resume) {
             let error = if self.gone { OpError::Gone } else { OpError::Failed };
             return sink(DeviceEvent::Operated { device: self.handle, id, result: Err(error) });
         }
         let answer_by = now + ANSWER_WITHIN;
+        match op {
+            DeviceOp::Suspend => self.wake.set_suspended(true),
+            DeviceOp::Resume => self.wake.set_suspended(false),
+            _ => {}
+        }
+        // A device that may wake the guest is kept awake: it is listened to.
+        let op = if op == DeviceOp::Suspend && self.wake.is_allowed() { DeviceOp::Resume } else { op };
         let endpoint_in_the_way = |endpoint: u8| match &op {
             DeviceOp::Reset => true,
             DeviceOp::ClearHalt { endpoint: cleared } => endpoint == *cleared,
@@ -207,14 +229,22 @@ impl Device {
         };
         let mut discard = Vec::new();
         for transfer in self.transfers.iter_mut().flatten() {
-            if endpoint_in_the_way(transfer.request.endpoint) {
-                if transfer.owed == Owed::Outcome {
-                    transfer.owed = Owed::CancelBy(answer_by);
+            if transfer.owed == Owed::Wake || endpoint_in_the_way(transfer.request.endpoint) {
+                match transfer.owed {
+                    Owed::Outcome => transfer.owed = Owed::CancelBy(answer_by),
+                    // What it brings yet is for the guest after a resume, and after nothing else.
+                    Owed::Wake if !is_resume => transfer.owed = Owed::Nothing,
+                    _ => {}
                 }
                 discard.push((transfer.request.id, transfer.token));
             }
         }
         discard.sort_unstable_by_key(|&(id, _)| std::cmp::Reverse(id));
+        match op {
+            DeviceOp::Suspend | DeviceOp::Resume => {}
+            DeviceOp::Reset => self.wake.forget(),
+            _ => self.wake.forget_input(),
+        }
         self.owing.push(Owing { id, answer_by });
         let discard = discard.into_iter().map(|(_, token)| token).collect();
         self.jobs.push_back(Work::Operate { id, op, discard });
@@ -223,7 +253,7 @@ impl Device {
     /// Reports an operation's outcome, unless the controller has been told that it takes too long.
     pub(super) fn operated(&mut self, id: OpId, result: Result<(), OpError>, sink: &mut Sink<'_>) {
         let Some(position) = self.owing.iter().position(|owing| owing.id == id) else {
-            return debug!(device = self.handle.0, ?result, "an operation ended too late");
+            return limited!(debug, device = self.handle.0, ?result, "an operation ended too late");
         };
         self.owing.swap_remove(position);
         sink(DeviceEvent::Operated { device: self.handle, id, result });
@@ -239,14 +269,14 @@ impl Device {
                 Ok(Some(reaped)) => self.complete(reaped, &packets, mem, sink),
                 Ok(None) => break,
                 Err(ReapError::Unknown) => {
-                    warn!(device = self.handle.0, "somebody else uses this device's file")
+                    limited!(warn, device = self.handle.0, "somebody else uses this device's file")
                 }
                 Err(ReapError::Kernel(Errno::ENODEV)) => {
                     self.set_gone(sink);
                     break;
                 }
                 Err(ReapError::Kernel(error)) => {
-                    warn!(device = self.handle.0, %error, "transfers are lost, the device is given up");
+                    limited!(warn, device = self.handle.0, %error, "transfers are lost, the device is given up");
                     self.set_gone(sink);
                     break;
                 }
@@ -254,6 +284,17 @@ impl Device {
         }
         self.packets = packets;
         self.start_waiting(now, mem, sink);
+        self.listen();
+    }
+
+    /// A URB is in flight.
+    fn track(&mut self, token: UrbToken, request: UrbRequest, owed: Owed) {
+        let slot = token.slot();
+        if self.transfers.len() <= slot {
+            self.transfers.resize_with(slot + 1, || None);
+        }
+        self.transfers[slot] = Some(Transfer { token, request, owed, abandoned: false });
+        self.in_flight += 1;
     }
 
     /// Tries again what waits for memory or for the link.
@@ -306,7 +347,7 @@ impl Device {
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         let cancels = self.transfers.iter().flatten().filter_map(|transfer| match transfer.owed {
             Owed::CancelBy(by) => Some(by),
-            Owed::Outcome | Owed::Nothing => None,
+            Owed::Outcome | Owed::Nothing | Owed::Wake => None,
         });
         cancels.chain(self.owing.iter().map(|owing| owing.answer_by)).chain(self.retry_at).min()
     }
@@ -317,8 +358,16 @@ impl Device {
         self.owing = owing;
         let late: Vec<Owing> = late;
         for Owing { id, .. } in late {
-            warn!(device = self.handle.0, "the device takes too long, the guest is told that it failed");
-            self.jobs.retain(|work| !matches!(work, Work::Operate { id: queued, .. } if *queued == id));
+            limited!(
+                warn,
+                device = self.handle.0,
+                "the device takes too long, the guest is told that it failed"
+            );
+            // What has not begun must not begin, but a device must not sleep on.
+            self.jobs.retain(|work| match work {
+                Work::Operate { id: queued, op, .. } => *queued != id || *op == DeviceOp::Resume,
+                _ => true,
+            });
             sink(DeviceEvent::Operated { device: self.handle, id, result: Err(OpError::Failed) });
         }
         self.abandon(sink, |owed| matches!(owed, Owed::CancelBy(by) if by <= now));
@@ -333,7 +382,9 @@ impl Device {
             self.report(request, UrbStatus::Cancelled, 0, Vec::new(), sink);
         }
         self.retry_at = None;
-        self.abandon(sink, |owed| owed != Owed::Nothing);
+        self.abandon(sink, |owed| matches!(owed, Owed::Outcome | Owed::CancelBy(_)));
+        self.stop_listening();
+        self.wake.forget();
         let mut tokens: Vec<_> =
             self.transfers.iter().flatten().map(|transfer| (transfer.request.id, transfer.token)).collect();
         tokens.sort_unstable_by_key(|&(id, _)| std::cmp::Reverse(id));
@@ -398,6 +449,14 @@ impl Device {
             self.report(request, UrbStatus::NotRun, 0, Vec::new(), sink);
             return Started::Yes;
         }
+        self.wake.started(request.endpoint);
+        if let Some(bytes) = self.wake.take(&request) {
+            let copied = copy_to_guest(mem, &request.payload, 0, &bytes);
+            let outcome = if copied.is_ok() { UrbStatus::Completed } else { UrbStatus::GuestMemory };
+            self.counters.bytes_in += bytes.len() as u64;
+            self.report(request, outcome, bytes.len() as u32, Vec::new(), sink);
+            return Started::Yes;
+        }
         let Some(link) = &mut self.link else { return Started::Later(request) };
         let result = match urb_len(&request) {
             Ok(len) => {
@@ -421,22 +480,14 @@ impl Device {
             }
         };
         match result {
-            Ok(token) => {
-                let slot = token.slot();
-                if self.transfers.len() <= slot {
-                    self.transfers.resize_with(slot + 1, || None);
-                }
-                self.transfers[slot] =
-                    Some(Transfer { token, request, owed: Owed::Outcome, abandoned: false });
-                self.in_flight += 1;
-            }
+            Ok(token) => self.track(token, request, Owed::Outcome),
             Err(Errno::ENOMEM) => {
                 self.pool.trim();
                 return Started::Later(request);
             }
             Err(errno) => {
                 let outcome = status::of_submit(errno);
-                debug!(device = self.handle.0, endpoint = request.endpoint, %errno, "the kernel refused a transfer");
+                limited!(debug, device = self.handle.0, endpoint = request.endpoint, %errno, "the kernel refused a transfer");
                 self.failed |= if bulk { bit } else { 0 };
                 self.report(request, outcome, 0, Vec::new(), sink);
                 if outcome == UrbStatus::Gone {
@@ -445,93 +496,6 @@ impl Device {
             }
         }
         Started::Yes
-    }
-
-    fn complete<M: GuestMem + ?Sized>(
-        &mut self,
-        reaped: Reaped,
-        packets: &[PacketOutcome],
-        mem: &M,
-        sink: &mut Sink<'_>,
-    ) {
-        let Reaped { token, status: ended, actual, mut buffer } = reaped;
-        let Some(transfer) = self.transfers.get_mut(token.slot()).and_then(Option::take) else {
-            return self.pool.put(buffer);
-        };
-        self.in_flight -= 1;
-        let Transfer { request, owed, abandoned, .. } = transfer;
-        if owed == Owed::Nothing {
-            return self.pool.put(buffer);
-        }
-        // EXDEV of an isochronous transfer repeats what the packets say.
-        let ended = if packets.is_empty() || ended != Err(Errno::EXDEV) { ended } else { Ok(()) };
-        let mut outcome = status::of_urb(ended, owed != Owed::Outcome, self.gone);
-        let mut actual = actual;
-        if outcome == UrbStatus::NotRun && actual > 0 {
-            // The host restarts its ring about when it hands the failed transfer back: bytes may have moved.
-            debug!(
-                device = self.handle.0,
-                endpoint = request.endpoint,
-                actual,
-                "data behind a failed transfer is lost"
-            );
-            actual = 0;
-        }
-        let setup = match request.kind {
-            TransferKind::Control { setup } => Some(setup),
-            _ => None,
-        };
-        if abandoned {
-            self.pool.put(buffer);
-            return self.report(request, outcome, 0, Vec::new(), sink);
-        }
-        if request.is_in() && actual > request.len {
-            // The guest's data stage is shorter than its setup packet says.
-            (outcome, actual) = (UrbStatus::Babble, request.len);
-        }
-        if request.is_in() {
-            let data = &mut buffer.as_mut_slice()[if setup.is_some() { 8 } else { 0 }..];
-            if setup.is_some_and(uas::asks_for_configuration)
-                && let Some(link) = &self.link
-            {
-                uas::hide(&link.uas_hidden, &mut data[..actual as usize]);
-            }
-            let copied = if packets.is_empty() {
-                copy_to_guest(mem, &request.payload, 0, &data[..actual as usize])
-            } else {
-                copy_packets_to_guest(mem, &request, packets, data)
-            };
-            if copied.is_err() && matches!(outcome, UrbStatus::Completed | UrbStatus::Cancelled) {
-                outcome = UrbStatus::GuestMemory;
-            }
-            self.counters.bytes_in += u64::from(actual);
-        } else {
-            self.counters.bytes_out += u64::from(actual);
-        }
-        self.pool.put(buffer);
-        let packets = packets
-            .iter()
-            .map(|packet| PacketResult { status: status::of_packet(packet.status), actual: packet.actual })
-            .collect();
-        self.report(request, outcome, actual, packets, sink);
-    }
-
-    /// Tells the controller.
-    fn report(
-        &mut self,
-        request: UrbRequest,
-        status: UrbStatus,
-        actual: u32,
-        packets: Vec<PacketResult>,
-        sink: &mut Sink<'_>,
-    ) {
-        self.counters.transfers += 1;
-        if !matches!(status, UrbStatus::Completed | UrbStatus::Cancelled | UrbStatus::NotRun) {
-            self.counters.errors += 1;
-        }
-        let UrbRequest { id, payload, .. } = request;
-        let completion = UrbCompletion { id, status, actual, packets, payload };
-        sink(DeviceEvent::Completed { device: self.handle, completion });
     }
 }
 

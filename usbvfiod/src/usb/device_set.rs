@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
+use common::limited;
 use nix::sys::epoll::EpollFlags;
-use tracing::{debug, error};
+use tracing::error;
 
 use super::device::Device;
 use super::lane::{Done, Job, Lanes, Outcome, Work};
@@ -51,6 +52,11 @@ pub enum DeviceEvent {
     /// A device was unplugged, or came back from a reset as another one. Transfers in flight still get their
     /// outcomes. Detach it.
     Gone {
+        /// Which one.
+        device: DeviceHandle,
+    },
+    /// A device in a suspended port asks to be heard.
+    Woke {
         /// Which one.
         device: DeviceHandle,
     },
@@ -183,7 +189,7 @@ impl DeviceSet {
         let starved = device.is_starved();
         device.submit(request, now, mem, sink);
         if device.is_starved() && !starved {
-            debug!(device = handle.0, "transfers wait for usbfs memory (usbcore.usbfs_memory_mb)");
+            limited!(debug, device = handle.0, "transfers wait for usbfs memory (usbcore.usbfs_memory_mb)");
             self.devices.values_mut().for_each(Device::trim);
         }
     }

@@ -4,9 +4,9 @@
 use std::os::fd::OwnedFd;
 
 use common::ids::{BusAddress, PortChain, Speed, VendorProduct};
+use common::limited;
 use common::usbfs::{Capabilities, INTERFACES_MAX, NotUsbfs, UrbQueue, UrbToken, UsbfsFile};
 use nix::errno::Errno;
-use tracing::{debug, warn};
 
 use super::descriptors::Descriptors;
 use super::{status, uas};
@@ -140,7 +140,7 @@ impl Link {
             match self.urbs.discard(token) {
                 Ok(_) => {}
                 Err(Errno::ENODEV) => return,
-                Err(error) => debug!(%error, "a transfer could not be cancelled"),
+                Err(error) => limited!(debug, %error, "a transfer could not be cancelled"),
             }
         }
     }
@@ -154,11 +154,12 @@ impl Link {
             DeviceOp::Reset => self.reset(),
             DeviceOp::AllocStreams { endpoints, streams } => self.alloc_streams(endpoints, *streams),
             DeviceOp::FreeStreams { endpoints } => self.urbs.file().free_streams(endpoints),
-            // The host keeps the device awake as long as its file is open.
+            DeviceOp::Suspend if self.capabilities.has_suspend() => self.urbs.file().allow_suspend(),
+            DeviceOp::Resume if self.capabilities.has_suspend() => self.urbs.file().forbid_suspend(),
             DeviceOp::Suspend | DeviceOp::Resume => Ok(()),
         };
         result.map_err(|errno| {
-            debug!(?op, %errno, "operation failed");
+            limited!(debug, ?op, %errno, "operation failed");
             status::of_operation(errno)
         })
     }
@@ -233,7 +234,7 @@ impl Link {
             }
         }
         if unknown > 0 {
-            warn!(unknown, "the kernel does not know some of the interfaces");
+            limited!(warn, unknown, "the kernel does not know some of the interfaces");
         }
         first_error
     }
@@ -243,7 +244,7 @@ impl Link {
             if self.claimed & (1 << interface) != 0
                 && let Err(error) = self.urbs.file().release_interface(interface)
             {
-                debug!(interface, %error, "interface could not be released");
+                limited!(debug, interface, %error, "interface could not be released");
             }
         }
         self.claimed = 0;
@@ -265,14 +266,14 @@ impl Link {
             }
             let needed = configuration.usable_streams(&endpoints, STREAMS_TO_PROBE);
             let granted = file.alloc_streams(&endpoints, needed);
-            debug!(interface = setting.interface, needed, ?granted, "looked for streams");
+            limited!(debug, interface = setting.interface, needed, ?granted, "looked for streams");
             if granted.is_ok()
                 && let Err(error) = file.free_streams(&endpoints)
             {
-                warn!(%error, "streams could not be given back");
+                limited!(warn, %error, "streams could not be given back");
             }
             if let Err(error) = file.set_interface(setting.interface, 0) {
-                warn!(%error, "alternate setting 0 could not be restored");
+                limited!(warn, %error, "alternate setting 0 could not be restored");
             }
             granted.is_ok_and(|count| count >= u32::from(needed))
         })

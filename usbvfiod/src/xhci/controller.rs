@@ -308,8 +308,9 @@ impl Controller {
         self.saved = None;
         self.next_wrap = None;
         self.again = false;
-        for port in &mut self.ports {
-            port.power_on();
+        for index in 0..self.ports.len() {
+            self.resume_device(index, effects);
+            self.ports[index].power_on();
         }
     }
 
@@ -451,7 +452,13 @@ impl Controller {
         effects: &mut Vec<Effect>,
     ) -> Option<OpId> {
         let device = self.device_mut(handle)?;
-        if device.operations >= OPERATIONS_MAX {
+        let most = match op {
+            DeviceOp::Suspend => OPERATIONS_MAX / 2,
+            // One for each Suspend: a device must not sleep on because of others.
+            DeviceOp::Resume => OPERATIONS_MAX + OPERATIONS_MAX / 2,
+            _ => OPERATIONS_MAX,
+        };
+        if device.operations >= most {
             return None;
         }
         device.operations += 1;

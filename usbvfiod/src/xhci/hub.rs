@@ -87,7 +87,7 @@ impl Controller {
             |port: &super::port::Port| port.device.as_ref().is_some_and(|found| found.handle == device);
         let Some(index) = self.ports.iter().position(holds) else { return };
         if self.ports[index].wake() {
-            self.operate(device, DeviceOp::Resume, Purpose::Nothing, effects);
+            self.resume_device(index, effects);
             self.port_changed(&mut Io { now, mem, effects }, PortNumber::from_index(index));
         }
     }
@@ -121,17 +121,28 @@ impl Controller {
         if write.changed {
             self.port_changed(io, port);
         }
-        let device = self.ports[index].device.as_ref().map(|device| device.handle);
-        if let Some(device) = device {
-            if write.suspended {
-                self.operate(device, DeviceOp::Suspend, Purpose::Nothing, io.effects);
-            }
-            if write.resumed {
-                self.operate(device, DeviceOp::Resume, Purpose::Nothing, io.effects);
-            }
+        if write.suspended
+            && let Some(device) = &self.ports[index].device
+            && self.operate(device.handle, DeviceOp::Suspend, Purpose::Nothing, io.effects).is_some()
+            && let Some(device) = &mut self.ports[index].device
+        {
+            device.asleep = true;
+        }
+        if write.resumed {
+            self.resume_device(index, io.effects);
         }
         if let Some(kind) = write.reset {
             self.reset_port(io, port, kind);
+        }
+    }
+
+    /// The guest is awake, however the port has left U3.
+    pub(super) fn resume_device(&mut self, index: usize, effects: &mut Vec<Effect>) {
+        if let Some(device) = &mut self.ports[index].device
+            && std::mem::take(&mut device.asleep)
+        {
+            let handle = device.handle;
+            self.operate(handle, DeviceOp::Resume, Purpose::Nothing, effects);
         }
     }
 

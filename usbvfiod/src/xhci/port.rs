@@ -109,11 +109,13 @@ pub(super) struct Device {
     pub(super) lingering: Vec<(TransferId, u8)>,
     /// Operations whose outcome is not known yet.
     pub(super) operations: u8,
+    /// It was told that the guest sleeps, and not yet that it is awake again.
+    pub(super) asleep: bool,
 }
 
 impl Device {
     pub(super) fn new(handle: DeviceHandle, speed: Speed, options: AttachOptions) -> Self {
-        Self { handle, speed, options, touched: false, lingering: Vec::new(), operations: 0 }
+        Self { handle, speed, options, touched: false, lingering: Vec::new(), operations: 0, asleep: false }
     }
 }
 
@@ -267,6 +269,7 @@ impl Port {
         self.wake_enables = value.wake_enables();
         self.indicator = value.indicator();
         if value.power() != self.powered {
+            result.resumed = self.link == Link::U3;
             result.changed |= self.switch_power(value.power());
             return result;
         }
@@ -274,11 +277,14 @@ impl Port {
             return result;
         }
         if value.warm_reset() && self.usb3 {
+            result.resumed = self.link == Link::U3;
             result.reset = self.reset.is_none().then_some(ResetKind::Warm);
         } else if value.reset() {
+            result.resumed = self.link == Link::U3;
             result.reset = self.reset.is_none().then_some(ResetKind::Hot);
         } else if value.enabled() {
             if self.enabled {
+                result.resumed = self.link == Link::U3;
                 self.enabled = false;
                 self.link = if self.usb3 { Link::Disabled } else { Link::Polling };
             }
@@ -318,6 +324,7 @@ impl Port {
                 result.resumed = true;
             }
             (4, _) if self.usb3 => {
+                result.resumed = self.link == Link::U3;
                 self.enabled = false;
                 self.link = Link::Disabled;
             }
@@ -326,13 +333,13 @@ impl Port {
         }
     }
 
-    /// The device asks to be resumed (§4.15.2.3). True when a change bit was set. A USB 2 port stays in Resume until the
-    /// guest ends it; a USB 3 link comes back by itself.
+    /// The device asks to be resumed (§4.15.2). True when a change bit was set. The port stays in Resume until the guest
+    /// writes U0.
     pub(super) fn wake(&mut self) -> bool {
         if self.link != Link::U3 || !self.enabled {
             return false;
         }
-        self.link = if self.usb3 { Link::U0 } else { Link::Resume };
+        self.link = Link::Resume;
         self.change(change::LINK)
     }
 

@@ -143,3 +143,52 @@ fn endpoints_of_both_directions_have_places_of_their_own() {
     }
     assert_eq!(seen, u32::MAX);
 }
+
+#[test]
+fn resume_that_waits_too_long_is_still_carried_out() {
+    let mut device = device();
+    let mut log = Vec::new();
+    let now = Instant::now();
+    device.operate(OpId(1), DeviceOp::Suspend, now, &mut |_| {});
+    device.operate(OpId(2), DeviceOp::Resume, now, &mut |_| {});
+
+    device.on_deadline(now + LATER, &Memory::new(0), &mut |event| log.push(words(&event)));
+
+    assert_eq!(log, ["op 1 Err(Failed)", "op 2 Err(Failed)"]);
+    assert!(matches!(device.jobs.make_contiguous(), [Work::Operate { id: OpId(2), .. }]));
+}
+
+#[test]
+fn what_was_heard_while_the_guest_slept_is_its_next_transfer() {
+    let mut device = device();
+    let mut log = Vec::new();
+    let memory = Memory::new(64);
+    device.wake.heard(0x81, &[7, 8, 9]);
+    let request = UrbRequest { kind: TransferKind::Interrupt, ..bulk(5, 0x81, segments(&[(16, 8)]), 8) };
+
+    // As when the link comes back from the lane that has resumed the device.
+    device.start(request, &memory, &mut |event| log.push(words(&event)));
+
+    assert_eq!(log, ["5 Completed"]);
+    assert_eq!(memory.0.borrow()[16..20], [7, 8, 9, 19], "and nothing behind it is written");
+    assert_eq!(device.counters.bytes_in, 3);
+}
+
+#[test]
+fn device_that_may_wake_the_guest_is_kept_awake() {
+    let mut device = device();
+    let now = Instant::now();
+    device.operate(OpId(1), DeviceOp::Suspend, now, &mut |_| {});
+    device.wake.control_done([0, 3, 1, 0, 0, 0, 0, 0]);
+    device.operate(OpId(2), DeviceOp::Suspend, now, &mut |_| {});
+
+    let ops: Vec<_> = device
+        .jobs
+        .iter()
+        .map(|work| match work {
+            Work::Operate { op, .. } => op.clone(),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(ops, [DeviceOp::Suspend, DeviceOp::Resume]);
+}

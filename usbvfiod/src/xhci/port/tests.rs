@@ -108,6 +108,8 @@ fn device_wakes_a_suspended_port_only() {
     let mut port = running(true);
     link(&mut port, 3);
     assert!(port.wake());
+    assert_eq!((read(&port).link_state(), read(&port).changes()), (15, change::LINK));
+    assert!(!link(&mut port, 0).resumed, "the device is awake already");
     assert_eq!(read(&port).link_state(), 0);
 }
 

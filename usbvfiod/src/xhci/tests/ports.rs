@@ -131,6 +131,54 @@ fn device_that_wakes_up_is_told() {
     }
 }
 
+/// A suspended device, and how the port leaves U3: each way wakes the device.
+#[test]
+fn each_way_out_of_u3_wakes_the_device() {
+    const PORT_RESET: u32 = 1 << 4;
+    const PORT_ENABLED: u32 = 1 << 1;
+    const WARM_RESET: u32 = 1 << 31;
+    let ways = [
+        (Speed::High, POWER | PORT_RESET),
+        (Speed::High, POWER | PORT_ENABLED),
+        (Speed::High, 0),
+        (Speed::High, POWER | LINK_WRITE | RESUME),
+        (Speed::Super, POWER | WARM_RESET),
+        (Speed::Super, POWER | LINK_WRITE),
+        (Speed::Super, POWER | LINK_WRITE | 4 << 5),
+    ];
+    for (speed, value) in ways {
+        let (mut guest, portsc) = suspended(speed);
+        guest.write32(portsc, value);
+        assert_eq!(guest.operation().1, DeviceOp::Resume, "{speed} {value:#x}");
+    }
+    let (mut guest, _) = suspended(Speed::High);
+    guest.write32(OPERATIONAL, 1 << 1);
+    assert_eq!(guest.operation().1, DeviceOp::Resume, "reset of the controller");
+}
+
+fn suspended(speed: Speed) -> (Guest, u64) {
+    let mut guest = Guest::new();
+    let (_, port) = guest.plug(speed);
+    guest.reset_port(port);
+    guest.write32(Guest::portsc(port), POWER | LINK_WRITE | U3);
+    guest.operations();
+    guest.effects.clear();
+    (guest, Guest::portsc(port))
+}
+
+#[test]
+fn storm_of_suspends_ends_awake_and_piles_nothing_up() {
+    let (mut guest, portsc) = suspended(Speed::Super);
+    for _ in 0..1000 {
+        guest.write32(portsc, POWER | LINK_WRITE);
+        guest.write32(portsc, POWER | LINK_WRITE | U3);
+    }
+    guest.write32(portsc, POWER | LINK_WRITE);
+    let operations: Vec<_> = guest.operations().into_iter().map(|(_, op)| op).collect();
+    assert!(operations.len() < 16, "{}", operations.len());
+    assert_eq!(operations.last(), Some(&DeviceOp::Resume));
+}
+
 #[test]
 fn wake_of_a_device_that_is_awake_or_unknown_does_nothing() {
     let mut guest = Guest::new();
