@@ -31,7 +31,7 @@ fn transport_serves_a_superspeed_stick_and_a_keyboard() -> Result<()> {
     scenario(&HostConfig::default(), |host| {
         let stick = host.plug(UsbDevice::stick("stick1").port("1"))?;
         let keyboard = host.plug(UsbDevice::keyboard("keyboard1").port("2"))?;
-        for what in ["claims", "control", "short-in", "stall", "operations"] {
+        for what in ["claims", "refusals", "control", "short-in", "stall", "operations"] {
             println!("{}", check(host, what, &stick)?);
         }
         println!("{}", check(host, "cancel", &keyboard)?);

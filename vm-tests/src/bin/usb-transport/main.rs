@@ -4,13 +4,18 @@
 mod bench;
 mod scripted;
 
+use std::fs::OpenOptions;
 use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use common::ids::BusAddress;
 use sha2::{Digest, Sha256};
 use usbvfiod::urb::{DeviceOp, OpError, TransferKind, UrbStatus};
-use vm_tests::rig::{BULK_IN, BULK_OUT, CBW_AT, CSW_AT, DATA_AT, Rig, Stick, bulk};
+use usbvfiod::usb::Handover;
+use vm_tests::rig::{BULK_IN, BULK_OUT, CBW_AT, CSW_AT, DATA_AT, Rig, Stick, bulk, open_node};
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
@@ -26,6 +31,7 @@ fn main() -> Result<()> {
         "no-memory" => no_memory(&device),
         "unplug" => unplug(&device),
         "claims" => claims(&device),
+        "refusals" => refusals(&device),
         "control" => control(&device),
         "streams" => streams(&device),
         "bench" => bench::compare(&device),
@@ -34,6 +40,36 @@ fn main() -> Result<()> {
         "scripted" => scripted::check(&device),
         other => bail!("no check is called {other}"),
     }
+}
+
+/// What is handed over has to be the device that it is said to be, open for reading and writing.
+fn refusals(device: &str) -> Result<()> {
+    let mut rig = Rig::new(0)?;
+    let (file, told) = open_node(device)?;
+    let node = |address: BusAddress| format!("/dev/bus/usb/{:03}/{:03}", address.bus, address.device);
+    let open = |path: &str, write: bool| -> Result<OwnedFd> {
+        Ok(OpenOptions::new().read(true).write(write).open(path).with_context(|| path.to_owned())?.into())
+    };
+    let elsewhere = BusAddress { device: told.address.device + 1, ..told.address };
+    let root_hub = BusAddress { device: 1, ..told.address };
+    let (socket, _peer) = UnixStream::pair()?;
+    let cases: Vec<(&str, OwnedFd, Handover)> = vec![
+        ("read-only", open(&node(told.address), false)?, told.clone()),
+        ("/dev/null", open("/dev/null", true)?, told.clone()),
+        ("a regular file", open("/etc/hostname", false)?, told.clone()),
+        ("a socket", socket.into(), told.clone()),
+        ("another address", file.try_clone()?, Handover { address: elsewhere, ..told.clone() }),
+        ("a root hub", open(&node(root_hub), true)?, Handover { address: root_hub, ..told.clone() }),
+        ("no such configuration", file.try_clone()?, Handover { configuration: 9, ..told.clone() }),
+    ];
+    for (what, fd, handover) in cases {
+        match rig.attach_file(fd, handover) {
+            Ok(_) => bail!("{what} was taken"),
+            Err(error) => println!("{what}: {error:#}"),
+        }
+    }
+    rig.attach_file(file, told).context("the device itself")?;
+    rig.detach()
 }
 
 /// An IN transfer of any length ends with what came, and what did not come stays as it was in memory.
