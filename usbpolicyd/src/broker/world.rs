@@ -68,6 +68,8 @@ pub(super) struct World {
     names: BTreeMap<DeviceId, usize>,
     /// What outlives the daemon: who may have which plug-in, under which name.
     record: BTreeMap<DeviceId, (usize, VmName)>,
+    /// Whether the daemon has read sysfs in this life; before that it leaves the record alone.
+    has_read: bool,
     /// Files the daemon keeps between `Prepare` and `Send`.
     kept: BTreeSet<DeviceId>,
     jobs: VecDeque<(DeviceId, Option<OnRelease>)>,
@@ -106,6 +108,7 @@ impl World {
             instances: vec![Instance::default(); vms],
             names: BTreeMap::new(),
             record: BTreeMap::new(),
+            has_read: false,
             kept: BTreeSet::new(),
             jobs: VecDeque::new(),
             next_plug: 0,
@@ -143,9 +146,10 @@ impl World {
     /// Equal for worlds in which the same can happen from now on.
     pub(super) fn fingerprint(&self) -> u64 {
         use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-        let Self { broker, now, sockets, instances, names, record, kept, jobs, .. } = self;
+        let Self { broker, now, sockets, instances, names, record, has_read, kept, jobs, .. } = self;
         let mut hasher = DefaultHasher::new();
-        format!("{:?}", (broker, now, sockets, instances, names, record, kept, jobs)).hash(&mut hasher);
+        format!("{:?}", (broker, now, sockets, instances, names, record, has_read, kept, jobs))
+            .hash(&mut hasher);
         hasher.finish()
     }
 
@@ -175,10 +179,7 @@ impl World {
                 }
             }
             Move::Pull(socket) => self.sockets[socket].plugged = None,
-            Move::Read => {
-                let entries = self.entries();
-                self.step(Input::Inventory(entries, BTreeMap::new()));
-            }
+            Move::Read => self.read(),
             Move::Want(socket, want) => self.sockets[socket].want = want,
             Move::StartVm(at) => self.instances[at].alive = true,
             Move::CrashVm(at) => {
@@ -209,6 +210,12 @@ impl World {
             Move::DaemonDies => self.daemon_dies(),
         }
         self.check();
+    }
+
+    fn read(&mut self) {
+        let entries = self.entries();
+        self.has_read = true;
+        self.step(Input::Inventory(entries, BTreeMap::new()));
     }
 
     fn entries(&mut self) -> Vec<Entry> {
@@ -316,7 +323,10 @@ impl World {
             instance.link = None;
         }
         let sockets = (0..self.instances.len()).filter(|at| self.instances[*at].alive).map(vm).collect();
+        self.has_read = false;
         self.step(Input::Started(sockets));
+        // A daemon reads sysfs before it talks to anybody.
+        self.read();
     }
 
     fn is_plugged(&self, plug: usize) -> bool {
@@ -326,11 +336,11 @@ impl World {
     fn step(&mut self, input: Input) {
         let effects = self.broker.step(self.now, input);
         // The record is on disk before anything is sent.
-        self.record = self
-            .broker
-            .holders()
-            .filter_map(|(id, vm)| Some((id, (*self.names.get(&id)?, vm.clone()))))
-            .collect();
+        if self.has_read {
+            let given = self.broker.holders();
+            self.record =
+                given.filter_map(|(id, vm)| Some((id, (*self.names.get(&id)?, vm.clone())))).collect();
+        }
         for effect in effects {
             self.perform(effect);
         }

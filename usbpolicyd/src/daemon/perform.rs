@@ -44,6 +44,10 @@ impl Daemon {
     }
 
     fn write_record(&mut self) -> std::io::Result<()> {
+        if self.resynced_at.is_none() {
+            // The books are empty, but not what the last run gave away: written now, a second crash would forget it.
+            return Ok(());
+        }
         let given = self.broker.holders().filter_map(|(id, vm)| {
             let plug = &self.inventory.get(id)?.present.plug;
             Some(Given {
