@@ -93,10 +93,16 @@ impl Usbpolicyd {
 
     /// Starts it with the policy that is already there: after [`Self::kill`].
     pub fn start_again(host: &Host) -> Result<Self> {
+        Self::start_again_with(host, &[])
+    }
+
+    /// The same with more arguments.
+    pub fn start_again_with(host: &Host, arguments: &[&str]) -> Result<Self> {
         // What a crashed one left behind must not be taken for the new one's.
         host.run(&format!("rm -f {ADMIN_SOCKET}"))?;
         let mut argv = as_user("usbpolicyd");
         argv.extend(["usbpolicyd", "--policy", POLICY].map(str::to_owned));
+        argv.extend(arguments.iter().map(|&argument| argument.to_owned()));
         let process = host.spawn(&argv)?;
         wait_socket(host, ADMIN_SOCKET, &process)?;
         Ok(Self { process })

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use common::ids::VendorProduct;
 
 /// Where configfs shows gadgets.
 const GADGETS: &str = "/sys/kernel/config/usb_gadget";
@@ -99,20 +100,19 @@ impl Function {
     }
 }
 
-/// Makes a gadget and plugs it in; the name of its controller (`dummy_udc.0`).
-pub fn up(name: &str, function: &Function, speed: Speed) -> Result<String> {
-    let (module, instance, vendor, product) = function.facts();
+/// Makes a gadget of one or more functions and plugs it in; the name of its controller (`dummy_udc.0`). The first function
+/// gives it its ids.
+pub fn up(name: &str, functions: &[Function], speed: Speed) -> Result<String> {
+    let (_, instance, vendor, product) = functions.first().context("a gadget does something")?.facts();
     load("libcomposite", &[])?;
     load("dummy_hcd", &["is_super_speed=Y".to_owned(), format!("num={CONTROLLERS}")])?;
-    load(module, &[])?;
     let gadget = gadget_path(name)?;
     make(&gadget)?;
+    set_ids(&gadget, vendor, product)?;
     let attributes = [
-        ("idVendor", format!("{vendor:#06x}")),
-        ("idProduct", format!("{product:#06x}")),
         ("max_speed", speed.name().to_owned()),
         // Bluetooth's and most others' value for "look at the interfaces".
-        ("bDeviceClass", if *function == Function::SourceSink { "0xff" } else { "0" }.to_owned()),
+        ("bDeviceClass", if functions == [Function::SourceSink] { "0xff" } else { "0" }.to_owned()),
     ];
     for (attribute, value) in attributes {
         write(&gadget.join(attribute), &value)?;
@@ -122,13 +122,17 @@ pub fn up(name: &str, function: &Function, speed: Speed) -> Result<String> {
     write(&strings.join("manufacturer"), "vm-tests")?;
     write(&strings.join("product"), instance)?;
     write(&strings.join("serialnumber"), name)?;
-    let directory = gadget.join("functions").join(instance);
-    make(&directory)?;
-    function.set_up(&directory)?;
     let configuration = gadget.join("configs/c.1");
     make(&configuration)?;
-    let link = configuration.join(instance);
-    symlink(&directory, &link).with_context(|| format!("link {}", link.display()))?;
+    for function in functions {
+        let (module, instance, ..) = function.facts();
+        load(module, &[])?;
+        let directory = gadget.join("functions").join(instance);
+        make(&directory)?;
+        function.set_up(&directory)?;
+        let link = configuration.join(instance);
+        symlink(&directory, &link).with_context(|| format!("link {}", link.display()))?;
+    }
     let controller = free_controller()?;
     write(&gadget.join("UDC"), &controller)?;
     Ok(controller)
@@ -139,11 +143,20 @@ pub fn unplug(name: &str) -> Result<()> {
     write(&gadget_path(name)?.join("UDC"), "\n")
 }
 
-/// Plugs a gadget in again.
-pub fn plug(name: &str) -> Result<String> {
+/// Plugs a gadget in again, as another `vendor:product` if one is given.
+pub fn plug(name: &str, ids: Option<VendorProduct>) -> Result<String> {
+    let gadget = gadget_path(name)?;
+    if let Some(ids) = ids {
+        set_ids(&gadget, ids.vendor, ids.product)?;
+    }
     let controller = free_controller()?;
-    write(&gadget_path(name)?.join("UDC"), &controller)?;
+    write(&gadget.join("UDC"), &controller)?;
     Ok(controller)
+}
+
+fn set_ids(gadget: &Path, vendor: u16, product: u16) -> Result<()> {
+    write(&gadget.join("idVendor"), &format!("{vendor:#06x}"))?;
+    write(&gadget.join("idProduct"), &format!("{product:#06x}"))
 }
 
 /// Pulls and removes a gadget.

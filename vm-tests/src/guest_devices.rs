@@ -96,6 +96,12 @@ impl Guest {
         Ok(self.run(&script)? != "0")
     }
 
+    /// Whether a device with this `vendor:product` is there now.
+    pub fn has_id(&self, id: &str) -> Result<bool> {
+        let script = format!("if {}; then echo yes; fi", crate::virtual_devices::is_present(id));
+        Ok(self.run(&script)? == "yes")
+    }
+
     /// Reads a whole stick and compares it with what was put on it.
     pub fn check_content(&self, stick: &Plugged) -> Result<()> {
         let disk = self.wait_disk(stick)?;

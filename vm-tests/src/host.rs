@@ -35,6 +35,9 @@ const PROGRAMS: &[&str] = &[
     "usb-stream",
     "usb-client",
     "bench-probe",
+    "uevent-burst",
+    "kernel-probes",
+    "hand-over-latency",
 ];
 
 /// Start of QEMU until it connects to its sockets.

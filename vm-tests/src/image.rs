@@ -32,6 +32,7 @@ const PACKAGES: &[&str] = &[
     "iproute2",
     "kmod",
     "e2fsprogs",
+    "dmsetup",
     "dosfstools",
     "alsa-utils",
     "qemu-system-x86",

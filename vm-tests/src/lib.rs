@@ -17,10 +17,12 @@ pub mod guest_devices;
 pub mod host;
 pub mod image;
 pub mod initramfs;
+pub mod injection;
 pub mod log;
 pub mod mirror;
 pub mod modules;
 pub mod patience;
+pub mod play;
 pub mod protocol;
 pub mod qmp;
 pub mod remote;
@@ -29,6 +31,7 @@ pub mod scenarios;
 pub mod slots;
 pub mod smart_card;
 pub mod stream;
+pub mod uevents;
 pub mod usbip;
 pub mod usbtest;
 pub mod virtual_devices;
@@ -59,6 +62,7 @@ pub fn scenario(config: &HostConfig, body: impl Fn(&Host) -> Result<()>) -> Resu
     // Before a place is taken: a build on a busy machine takes longer than most scenarios.
     progress("bringing the programs up to date");
     binaries::directory()?;
+    image::Image::get()?;
     progress("waiting for a free place");
     let _slot = slots::Slot::acquire()?;
     let host = Host::boot(config)?;

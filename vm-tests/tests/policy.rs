@@ -3,12 +3,10 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
-use vm_tests::{Host, HostConfig, Process, UsbDevice, Usbpolicyd, scenario};
-
-/// Long enough for a machine that runs many virtual hosts at once; each wait ends as soon as it can.
-const SHORT: Duration = Duration::from_secs(60);
+use vm_tests::play::{SHORT, instance, wait_driver, wait_until};
+use vm_tests::{HostConfig, UsbDevice, Usbpolicyd, scenario};
 
 /// `work` gets what is in socket 1, `lab` what is in socket 2 and everything on a hub in socket 4. Ports are not claimed.
 const FREE_PORTS: &str = r#"
@@ -37,38 +35,6 @@ match = { at = "bench" }
 /// The same with the ports kept from the host's drivers.
 fn claimed_ports() -> String {
     FREE_PORTS.replace("claim_ports = false", "claim_ports = true")
-}
-
-/// A process that plays the usbvfiod of a VM, in this manner.
-fn instance(host: &Host, vm: &str, manner: &[&str]) -> Result<Process> {
-    let directory = format!("/run/usbvfiod/{vm}");
-    let mut argv = vec!["play-instance", &directory];
-    argv.extend(manner);
-    let instance = host.spawn(&argv)?;
-    instance.log().wait("listening", SHORT)?;
-    host.run(&format!("chgrp usbpolicyd {directory}/policy.sock"))?;
-    Ok(instance)
-}
-
-/// Waits until a shell condition holds in the host.
-fn wait_until(host: &Host, condition: &str) -> Result<()> {
-    let script = format!(
-        "for i in $(seq 600); do if {condition}; then exit 0; fi; busybox usleep 100000; done; exit 1"
-    );
-    host.remote().run_within(&script, 2 * SHORT).with_context(|| {
-        let list = host.run("usbpolicyctl list --long; usbpolicyctl log").unwrap_or_default();
-        format!("waited for {condition}; now:\n{list}")
-    })?;
-    Ok(())
-}
-
-fn wait_driver(host: &Host, name: &str, driver: &str) -> Result<()> {
-    wait_until(
-        host,
-        &format!(
-            "[ \"$(basename $(readlink /sys/bus/usb/devices/{name}:1.0/driver || echo none))\" = {driver} ]"
-        ),
-    )
 }
 
 #[test]

@@ -21,7 +21,10 @@ impl Daemon {
     /// Reads sysfs and decides about everything.
     pub(super) fn resync(&mut self) {
         match self.sysfs.scan() {
-            Ok(scan) => self.take(scan),
+            Ok(scan) => {
+                tracing::debug!(devices = scan.devices.len(), "sysfs read");
+                self.take(scan);
+            }
             Err(error) => {
                 tracing::error!(%error, "cannot read /sys/bus/usb/devices; trying again");
                 self.resynced_at = Some(now());

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
+use common::ids::VendorProduct;
 use vm_tests::gadget::{self, Function, Speed};
 
 /// Devices of the kernel's gadget functions.
@@ -20,9 +21,9 @@ enum Action {
     Up {
         /// Its name, also its serial number.
         name: String,
-        /// What it does.
-        #[arg(long, value_enum)]
-        function: FunctionName,
+        /// What it does; several for a composite device, with the ids of the first.
+        #[arg(long, value_enum, required = true)]
+        function: Vec<FunctionName>,
         /// The fastest speed it offers.
         #[arg(long, value_enum, default_value = "high")]
         speed: SpeedName,
@@ -39,6 +40,9 @@ enum Action {
     Plug {
         /// Its name.
         name: String,
+        /// As this VENDOR:PRODUCT from now on.
+        #[arg(long)]
+        id: Option<VendorProduct>,
     },
     /// Pull and remove it.
     Down {
@@ -68,24 +72,27 @@ enum SpeedName {
 fn main() -> Result<()> {
     match Arguments::parse().action {
         Action::Up { name, function, speed, file } => {
-            let function = match function {
-                FunctionName::Sourcesink => Function::SourceSink,
-                FunctionName::Loopback => Function::Loopback,
-                FunctionName::Storage => Function::Storage(file.context("a disk needs --file")?),
-                FunctionName::Acm => Function::Acm,
-                FunctionName::Ncm => Function::Ncm,
-                FunctionName::Ecm => Function::Ecm,
-                FunctionName::Keyboard => Function::Keyboard,
-            };
+            let functions = function.into_iter().map(|function| {
+                Ok(match function {
+                    FunctionName::Sourcesink => Function::SourceSink,
+                    FunctionName::Loopback => Function::Loopback,
+                    FunctionName::Storage => Function::Storage(file.clone().context("a disk needs --file")?),
+                    FunctionName::Acm => Function::Acm,
+                    FunctionName::Ncm => Function::Ncm,
+                    FunctionName::Ecm => Function::Ecm,
+                    FunctionName::Keyboard => Function::Keyboard,
+                })
+            });
+            let functions: Vec<Function> = functions.collect::<Result<_>>()?;
             let speed = match speed {
                 SpeedName::Full => Speed::Full,
                 SpeedName::High => Speed::High,
                 SpeedName::Super => Speed::Super,
             };
-            println!("{}", gadget::up(&name, &function, speed)?);
+            println!("{}", gadget::up(&name, &functions, speed)?);
         }
         Action::Unplug { name } => gadget::unplug(&name)?,
-        Action::Plug { name } => println!("{}", gadget::plug(&name)?),
+        Action::Plug { name, id } => println!("{}", gadget::plug(&name, id)?),
         Action::Down { name } => gadget::down(&name)?,
     }
     Ok(())

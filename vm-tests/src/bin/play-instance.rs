@@ -137,6 +137,13 @@ fn take(
     if info.address != attach.address {
         bail!("the file is {}, the message says {}", info.address, attach.address);
     }
+    // The kernel shows the device descriptor first, in the host's byte order.
+    let descriptors = file.descriptors()?;
+    let half = |at: usize| Some(u16::from_ne_bytes([*descriptors.get(at)?, *descriptors.get(at + 1)?]));
+    if (half(8), half(10)) != (Some(attach.ids.vendor), Some(attach.ids.product)) {
+        println!("WRONG DEVICE behind the file for {}", attach.ids);
+        bail!("the file is another device than the message says");
+    }
     file.claim_interface(0).context("claim of interface 0")?;
     let port = u8::try_from(held.len() + 1)?;
     let path = info.ports.context("no port chain")?;
