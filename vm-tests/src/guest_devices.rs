@@ -12,6 +12,8 @@ use crate::remote::Process;
 
 /// From the plug until the guest has a block device: enumeration, the second that usb-storage waits, SCSI.
 const DISK_WITHIN: Duration = Duration::from_secs(120);
+/// How long a guest may take to let a device go that it knows to have left.
+const GONE_WITHIN: Duration = Duration::from_secs(30);
 
 /// A copy in a guest that runs.
 pub struct Copy {
@@ -94,6 +96,16 @@ impl Guest {
         let serial = stick.device.serial_number();
         let script = format!("cat /sys/bus/usb/devices/*/serial 2>/dev/null | grep -cx {serial} || true");
         Ok(self.run(&script)? != "0")
+    }
+
+    /// Waits until no device has this stick's serial number any more. The line `USB disconnect` comes before that: the
+    /// kernel writes it first and then takes leave of each driver.
+    pub fn wait_gone(&self, stick: &Plugged) -> Result<()> {
+        let serial = stick.device.serial_number();
+        let script = format!(
+            "while cat /sys/bus/usb/devices/*/serial 2>/dev/null | grep -qx {serial}; do usleep 20000; done"
+        );
+        self.run_within(&script, GONE_WITHIN).map(drop)
     }
 
     /// Whether a device with this `vendor:product` is there now.

@@ -110,6 +110,7 @@ fn usbpolicyd_killed_during_a_copy_harms_nothing() -> Result<()> {
         // And the new one does its work.
         host.unplug(&stick)?;
         guest.wait_line_after(before, "USB disconnect", Duration::from_secs(20))?;
+        guest.wait_gone(&stick)?;
         host.replug(&stick)?;
         guest.check_content(&stick)
     })
