@@ -128,14 +128,47 @@ pub enum Allow {
     OnOurselves(u8),
 }
 
-/// Refuses with EPERM, in all threads of the process, every system call that is not in `table`. It cannot be undone.
+/// What every Rust program on this C library calls while it runs, whatever it is for.
+const EVERY_DAEMON: &[(libc::c_long, Allow)] = &[
+    (libc::SYS_read, Allow::Any),
+    (libc::SYS_write, Allow::Any),
+    (libc::SYS_close, Allow::Any),
+    // Memory, never executable.
+    (libc::SYS_mmap, Allow::Without(2, libc::PROT_EXEC as u32)),
+    (libc::SYS_mprotect, Allow::Without(2, libc::PROT_EXEC as u32)),
+    (libc::SYS_munmap, Allow::Any),
+    (libc::SYS_mremap, Allow::Any),
+    (libc::SYS_madvise, Allow::Any),
+    (libc::SYS_brk, Allow::Any),
+    // Threads sleep and wake; they were started before.
+    (libc::SYS_futex, Allow::Any),
+    (libc::SYS_sched_yield, Allow::Any),
+    (libc::SYS_clock_gettime, Allow::Any),
+    (libc::SYS_clock_nanosleep, Allow::Any),
+    (libc::SYS_restart_syscall, Allow::Any),
+    // Keys of hash tables.
+    (libc::SYS_getrandom, Allow::Any),
+    // Signals and the end. tgkill only for abort().
+    (libc::SYS_rt_sigreturn, Allow::Any),
+    (libc::SYS_rt_sigprocmask, Allow::Any),
+    (libc::SYS_rt_sigaction, Allow::Any),
+    (libc::SYS_sigaltstack, Allow::Any),
+    (libc::SYS_getpid, Allow::Any),
+    (libc::SYS_gettid, Allow::Any),
+    (libc::SYS_tgkill, Allow::OneOf(2, &[libc::SIGABRT as u32])),
+    (libc::SYS_exit, Allow::Any),
+    (libc::SYS_exit_group, Allow::Any),
+];
+
+/// Refuses with EPERM, in all threads of the process, every system call that is neither in `own` nor among those of
+/// every daemon: memory without execution, time, sleeping and waking, signals, the end. It cannot be undone.
 ///
 /// Refused calls do not kill: for a guest's only USB controller, a library that probes for something is no reason to
 /// end, and a call that never runs does no harm.
-pub fn seccomp(table: &[(libc::c_long, Allow)]) -> Result<(), ConfineError> {
+pub fn seccomp(own: &[(libc::c_long, Allow)]) -> Result<(), ConfineError> {
     let compile = || -> Result<BpfProgram, seccompiler::BackendError> {
         let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-        for &(call, allow) in table {
+        for &(call, allow) in EVERY_DAEMON.iter().chain(own) {
             let conditions = match allow {
                 Allow::Any => Vec::new(),
                 Allow::OneOf(argument, values) => values

@@ -34,16 +34,13 @@ const FCNTL_COMMANDS: [u32; 5] = [
     libc::F_DUPFD_CLOEXEC as u32,
 ];
 
-/// The system calls that stay.
+/// The system calls that stay, beside those of every daemon.
 const CALLS: &[(libc::c_long, Allow)] = &[
     // The loop.
     #[cfg(target_arch = "x86_64")]
     (libc::SYS_poll, Allow::Any),
     (libc::SYS_ppoll, Allow::Any),
-    (libc::SYS_read, Allow::Any),
-    (libc::SYS_write, Allow::Any),
     (libc::SYS_writev, Allow::Any),
-    (libc::SYS_close, Allow::Any),
     (libc::SYS_fcntl, Allow::OneOf(1, &FCNTL_COMMANDS)),
     // Sockets: usbvfiods, usbpolicyctl, udev, routes, the service manager, the journal.
     (libc::SYS_socket, Allow::OneOf(0, &FAMILIES)),
@@ -81,34 +78,10 @@ const CALLS: &[(libc::c_long, Allow)] = &[
     (libc::SYS_fsync, Allow::Any),
     // Devices: hand over and back, nothing that moves data.
     (libc::SYS_ioctl, Allow::OneOf(1, &USBFS_IOCTLS)),
-    // Memory, never executable.
-    (libc::SYS_mmap, Allow::Without(2, libc::PROT_EXEC as u32)),
-    (libc::SYS_mprotect, Allow::Without(2, libc::PROT_EXEC as u32)),
-    (libc::SYS_munmap, Allow::Any),
-    (libc::SYS_mremap, Allow::Any),
-    (libc::SYS_madvise, Allow::Any),
-    (libc::SYS_brk, Allow::Any),
-    // Workers: sleep and wake; they were started before.
-    (libc::SYS_futex, Allow::Any),
-    (libc::SYS_sched_yield, Allow::Any),
-    (libc::SYS_clock_gettime, Allow::Any),
-    (libc::SYS_clock_nanosleep, Allow::Any),
-    (libc::SYS_restart_syscall, Allow::Any),
-    (libc::SYS_getrandom, Allow::Any),
     (libc::SYS_getuid, Allow::Any),
     (libc::SYS_geteuid, Allow::Any),
     (libc::SYS_getgid, Allow::Any),
     (libc::SYS_getegid, Allow::Any),
-    // Signals and the end. tgkill only for abort().
-    (libc::SYS_rt_sigreturn, Allow::Any),
-    (libc::SYS_rt_sigprocmask, Allow::Any),
-    (libc::SYS_rt_sigaction, Allow::Any),
-    (libc::SYS_sigaltstack, Allow::Any),
-    (libc::SYS_getpid, Allow::Any),
-    (libc::SYS_gettid, Allow::Any),
-    (libc::SYS_tgkill, Allow::OneOf(2, &[libc::SIGABRT as u32])),
-    (libc::SYS_exit, Allow::Any),
-    (libc::SYS_exit_group, Allow::Any),
 ];
 
 /// First half, before the workers start: no capability, no new privilege, only the files it needs. Threads inherit it.

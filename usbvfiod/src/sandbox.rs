@@ -37,7 +37,7 @@ const FCNTL_COMMANDS: [u32; 5] = [
     libc::F_GET_SEALS as u32,
 ];
 
-/// The system calls that stay, each with the reason it is needed.
+/// The system calls that stay, beside those of every daemon, each with the reason it is needed.
 const CALLS: &[(libc::c_long, Allow)] = &[
     // The event loop and what it waits for.
     #[cfg(target_arch = "x86_64")]
@@ -55,15 +55,12 @@ const CALLS: &[(libc::c_long, Allow)] = &[
     (libc::SYS_getsockopt, Allow::Any),
     (libc::SYS_shutdown, Allow::Any),
     (libc::SYS_fcntl, Allow::OneOf(1, &FCNTL_COMMANDS)),
-    (libc::SYS_close, Allow::Any),
-    // eventfds, signalfd, log lines, descriptors of a device, guest memory that is not safe to map.
-    (libc::SYS_read, Allow::Any),
+    // signalfd, log lines, descriptors of a device, guest memory that is not safe to map.
     (libc::SYS_pread64, Allow::Any),
     (libc::SYS_pwrite64, Allow::Any),
     (libc::SYS_process_vm_readv, Allow::OnOurselves(0)),
     (libc::SYS_process_vm_writev, Allow::OnOurselves(0)),
     (libc::SYS_lseek, Allow::Any),
-    (libc::SYS_write, Allow::Any),
     (libc::SYS_writev, Allow::Any),
     (libc::SYS_fstat, Allow::Any),
     (libc::SYS_fstatfs, Allow::Any),
@@ -72,31 +69,6 @@ const CALLS: &[(libc::c_long, Allow)] = &[
     (libc::SYS_statx, Allow::Any),
     // Devices.
     (libc::SYS_ioctl, Allow::OneOf(1, &USBFS_IOCTLS)),
-    // Memory: guest memory, transfer chunks, the heap. Never executable.
-    (libc::SYS_mmap, Allow::Without(2, libc::PROT_EXEC as u32)),
-    (libc::SYS_mprotect, Allow::Without(2, libc::PROT_EXEC as u32)),
-    (libc::SYS_munmap, Allow::Any),
-    (libc::SYS_mremap, Allow::Any),
-    (libc::SYS_madvise, Allow::Any),
-    (libc::SYS_brk, Allow::Any),
-    // Lanes: sleep and wake; they were started before.
-    (libc::SYS_futex, Allow::Any),
-    (libc::SYS_sched_yield, Allow::Any),
-    (libc::SYS_clock_gettime, Allow::Any),
-    (libc::SYS_clock_nanosleep, Allow::Any),
-    (libc::SYS_restart_syscall, Allow::Any),
-    // Keys of hash tables.
-    (libc::SYS_getrandom, Allow::Any),
-    // Signals and the end. tgkill only for abort().
-    (libc::SYS_rt_sigreturn, Allow::Any),
-    (libc::SYS_rt_sigprocmask, Allow::Any),
-    (libc::SYS_rt_sigaction, Allow::Any),
-    (libc::SYS_sigaltstack, Allow::Any),
-    (libc::SYS_getpid, Allow::Any),
-    (libc::SYS_gettid, Allow::Any),
-    (libc::SYS_tgkill, Allow::OneOf(2, &[libc::SIGABRT as u32])),
-    (libc::SYS_exit, Allow::Any),
-    (libc::SYS_exit_group, Allow::Any),
 ];
 
 /// First half, before the lanes start: no capability, no new privilege, no file system, no network. Threads inherit it.

@@ -43,7 +43,7 @@ pub struct Cli {
 
 const FCNTL_COMMANDS: [u32; 3] = [libc::F_GETFL as u32, libc::F_SETFL as u32, libc::F_GETFD as u32];
 
-/// The system calls that stay.
+/// The system calls that stay, beside those of every daemon.
 const CALLS: &[(libc::c_long, Allow)] = &[
     #[cfg(target_arch = "x86_64")]
     (libc::SYS_poll, Allow::Any),
@@ -52,9 +52,6 @@ const CALLS: &[(libc::c_long, Allow)] = &[
     (libc::SYS_recvmsg, Allow::Any),
     (libc::SYS_sendmsg, Allow::Any),
     (libc::SYS_getsockopt, Allow::Any),
-    (libc::SYS_read, Allow::Any),
-    (libc::SYS_write, Allow::Any),
-    (libc::SYS_close, Allow::Any),
     (libc::SYS_fcntl, Allow::OneOf(1, &FCNTL_COMMANDS)),
     // sysfs; Landlock says what of it.
     (libc::SYS_openat, Allow::Any),
@@ -69,29 +66,7 @@ const CALLS: &[(libc::c_long, Allow)] = &[
     (libc::SYS_fstat, Allow::Any),
     (libc::SYS_lseek, Allow::Any),
     (libc::SYS_getcwd, Allow::Any),
-    // Memory, never executable; the pause while a port is off.
-    (libc::SYS_mmap, Allow::Without(2, libc::PROT_EXEC as u32)),
-    (libc::SYS_mprotect, Allow::Without(2, libc::PROT_EXEC as u32)),
-    (libc::SYS_munmap, Allow::Any),
-    (libc::SYS_mremap, Allow::Any),
-    (libc::SYS_madvise, Allow::Any),
-    (libc::SYS_brk, Allow::Any),
-    (libc::SYS_futex, Allow::Any),
-    (libc::SYS_clock_gettime, Allow::Any),
-    (libc::SYS_clock_nanosleep, Allow::Any),
     (libc::SYS_nanosleep, Allow::Any),
-    (libc::SYS_restart_syscall, Allow::Any),
-    (libc::SYS_getrandom, Allow::Any),
-    // Signals and the end. tgkill only for abort().
-    (libc::SYS_rt_sigreturn, Allow::Any),
-    (libc::SYS_rt_sigprocmask, Allow::Any),
-    (libc::SYS_rt_sigaction, Allow::Any),
-    (libc::SYS_sigaltstack, Allow::Any),
-    (libc::SYS_getpid, Allow::Any),
-    (libc::SYS_gettid, Allow::Any),
-    (libc::SYS_tgkill, Allow::OneOf(2, &[libc::SIGABRT as u32])),
-    (libc::SYS_exit, Allow::Any),
-    (libc::SYS_exit_group, Allow::Any),
 ];
 
 /// Gives up everything but reading the list of USB devices and writing below `devices` of the sysfs at `sysfs`.
