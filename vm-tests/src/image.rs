@@ -39,6 +39,7 @@ const PACKAGES: &[&str] = &[
     "qemu-system-common",
     "qemu-system-data",
     "seabios",
+    "ovmf",
 ];
 
 /// Only these come from backports: QEMU 10.1 brought `vfio-user-pci`.
