@@ -15,6 +15,7 @@ use clap::Parser;
 const USBPOLICYD_EXPOSURE: u32 = 12;
 const USBVFIOD_EXPOSURE: u32 = 4;
 const SYSFS_EXPOSURE: u32 = 7;
+const WAIT_EXPOSURE: u32 = 4;
 
 fn directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("systemd")
@@ -76,6 +77,38 @@ fn the_service_that_writes_to_sysfs_is_confined_as_promised() {
 }
 
 #[test]
+fn the_service_that_waits_for_required_devices_is_confined_and_may_only_look() {
+    use usbpolicyd::admin::Role;
+    assert!(exposure("usbpolicyd-wait@.service") <= WAIT_EXPOSURE);
+    let text = unit("usbpolicyd-wait@.service");
+    assert_eq!(values(&text, "Group"), [Role::View.group()]);
+    let [command] = values(&text, "ExecStart")[..] else { panic!("one ExecStart expected") };
+    let command = command.replace("%i", "vm1").replace("${USBPOLICYD_WAIT_SECONDS}", "90");
+    usbpolicyd::ctl::Cli::try_parse_from(command.split_whitespace()).unwrap();
+    assert_eq!(values(&text, "Environment"), ["USBPOLICYD_WAIT_SECONDS=90"]);
+}
+
+#[test]
+fn the_sockets_of_usbpolicyd_are_where_its_clients_look_and_outlive_it() {
+    let service = unit("usbpolicyd.service");
+    assert_eq!(values(&service, "Sockets"), ["usbpolicyd.socket usbpolicyd-events.socket"]);
+    let [command] = values(&service, "ExecStart")[..] else { panic!("one ExecStart expected") };
+    let cli = usbpolicyd::cli::Cli::try_parse_from(command.split_whitespace()).unwrap();
+    for (name, path, called) in [
+        ("usbpolicyd.socket", &cli.admin_socket, "admin"),
+        ("usbpolicyd-events.socket", &cli.events_socket, "events"),
+    ] {
+        let text = unit(name);
+        assert_eq!(values(&text, "ListenSequentialPacket"), [path.to_str().unwrap()], "{name}");
+        assert_eq!(values(&text, "FileDescriptorName"), [called], "{name}");
+        assert_eq!(values(&text, "RemoveOnStop"), ["no"], "{name}");
+        // Who may do what is decided by group, see `usbpolicyd::admin`.
+        assert_eq!(values(&text, "SocketMode"), ["0666"], "{name}");
+    }
+    assert_eq!(values(&unit("usbpolicyd-events.socket"), "Service"), ["usbpolicyd.service"]);
+}
+
+#[test]
 fn nobody_else_may_write_to_sysfs() {
     for name in names().into_iter().filter(|name| name.ends_with(".service")) {
         let text = unit(&name);
@@ -111,7 +144,7 @@ fn systemd_finds_no_fault_in_any_unit() {
         fs::write(copies.path().join(&name), text).unwrap();
         paths.push(copies.path().join(name.replace('@', "@vm1")).to_str().unwrap().to_owned());
     }
-    assert!(paths.len() >= 5);
+    assert_eq!(paths.len(), 8);
     let mut arguments = vec!["verify", "--man=no", "--recursive-errors=no"];
     arguments.extend(paths.iter().map(String::as_str));
     let output = run("systemd-analyze", &arguments);

@@ -62,12 +62,26 @@ struct Client {
     queue: VecDeque<Vec<u8>>,
     queued_bytes: usize,
     watches: bool,
+    /// It came by the socket for events: it is told, and may say nothing.
+    only_listens: bool,
 }
 
-/// The listener and all connections.
+/// What there is to wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The socket for requests.
+    Commands,
+    /// The socket for those who only want to be told what happens.
+    Events,
+    /// A connection.
+    Client(ClientId),
+}
+
+/// Both listeners and all connections.
 #[derive(Debug)]
 pub struct Admin {
-    listener: Listener,
+    commands: Listener,
+    events: Listener,
     clients: BTreeMap<ClientId, Client>,
     groups: Vec<(Gid, Role)>,
     next: u64,
@@ -75,31 +89,34 @@ pub struct Admin {
 
 impl Admin {
     /// Binds `path`. A stale socket is replaced; a live one is an error.
-    pub fn bind(path: &Path) -> Result<Self, ChannelError> {
-        Ok(Self::new(Listener::bind(path, 0o666)?))
+    pub fn bind(path: &Path) -> Result<Listener, ChannelError> {
+        Listener::bind(path, 0o666)
     }
 
-    /// Takes a listener that systemd made.
-    pub fn new(listener: Listener) -> Self {
+    /// Takes the listeners, made by [`Self::bind`] or by systemd.
+    pub fn new(commands: Listener, events: Listener) -> Self {
         // Read once, before the sandbox closes.
         let roles = [Role::View, Role::Operate, Role::Admin];
         let groups =
             roles.into_iter().filter_map(|role| Some((Group::from_name(role.group()).ok()??.gid, role)));
-        Self { listener, clients: BTreeMap::new(), groups: groups.collect(), next: 0 }
+        Self { commands, events, clients: BTreeMap::new(), groups: groups.collect(), next: 0 }
     }
 
-    /// The listener, then each client; `true` for those that have something to be sent.
-    pub fn sockets(&self) -> impl Iterator<Item = (Option<ClientId>, BorrowedFd<'_>, bool)> {
+    /// The listeners, then each client; `true` for those that have something to be sent.
+    pub fn sockets(&self) -> impl Iterator<Item = (Place, BorrowedFd<'_>, bool)> {
         let clients = self.clients.iter();
         let clients =
-            clients.map(|(id, client)| (Some(*id), client.socket.as_fd(), !client.queue.is_empty()));
-        [(None, self.listener.as_fd(), false)].into_iter().chain(clients)
+            clients.map(|(id, client)| (Place::Client(*id), client.socket.as_fd(), !client.queue.is_empty()));
+        let listeners = [(Place::Commands, &self.commands), (Place::Events, &self.events)];
+        listeners.into_iter().map(|(place, listener)| (place, listener.as_fd(), false)).chain(clients)
     }
 
-    /// Takes the connections that wait.
-    pub fn accept(&mut self) {
+    /// Takes the connections that wait at a listener.
+    pub fn accept(&mut self, place: Place) {
+        let only_listens = place == Place::Events;
         for _ in 0..CLIENTS_MAX {
-            let Ok(Some(channel)) = self.listener.accept() else { return };
+            let listener = if only_listens { &self.events } else { &self.commands };
+            let Ok(Some(channel)) = listener.accept() else { return };
             let Ok(peer) = channel.peer() else { continue };
             let socket = OwnedFd::from(channel);
             let uid = Uid::from_raw(peer.uid());
@@ -110,9 +127,17 @@ impl Admin {
             }
             let (role, actor) = self.look_up(uid, Gid::from_raw(peer.gid()));
             self.next += 1;
-            let client =
-                Client { socket, uid, role, actor, queue: VecDeque::new(), queued_bytes: 0, watches: false };
-            self.clients.insert(ClientId(self.next), client);
+            let id = ClientId(self.next);
+            let watches = only_listens && role >= Role::View;
+            let queue = VecDeque::new();
+            let refusal =
+                format!("{actor} may not look: it needs membership in group {}", Role::View.group());
+            let client = Client { socket, uid, role, actor, queue, queued_bytes: 0, watches, only_listens };
+            self.clients.insert(id, client);
+            if only_listens && !watches {
+                self.send(id, &Reply::End { ok: false, text: refusal });
+                self.clients.remove(&id);
+            }
         }
     }
 
@@ -144,6 +169,10 @@ impl Admin {
                 return None;
             }
         };
+        if client.only_listens {
+            self.clients.remove(&id);
+            return None;
+        }
         match serde_json::from_slice(&buffer[..length]) {
             Ok(request) => Some(request),
             Err(error) => {
@@ -204,5 +233,56 @@ impl Admin {
     /// Clients that get each new audit entry.
     pub fn watchers(&self) -> Vec<ClientId> {
         self.clients.iter().filter(|(_, client)| client.watches).map(|(id, _)| *id).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use common::channel::Channel;
+
+    use super::*;
+
+    /// Both sockets, and a client of one of them whose connection was accepted.
+    fn connected(place: Place) -> (tempfile::TempDir, Admin, Channel) {
+        let dir = tempfile::tempdir().unwrap();
+        let (commands, events) = (dir.path().join("admin.sock"), dir.path().join("events.sock"));
+        let mut admin = Admin::new(Admin::bind(&commands).unwrap(), Admin::bind(&events).unwrap());
+        let client = Channel::dial(if place == Place::Events { &events } else { &commands }).unwrap();
+        admin.accept(place);
+        (dir, admin, client)
+    }
+
+    fn only_client(admin: &Admin) -> Option<ClientId> {
+        admin.clients.keys().next().copied()
+    }
+
+    #[test]
+    fn who_connects_to_the_events_socket_is_told_without_asking() {
+        let (_dir, admin, _client) = connected(Place::Events);
+        assert_eq!(admin.watchers(), [only_client(&admin).unwrap()]);
+    }
+
+    #[test]
+    fn who_connects_to_the_admin_socket_is_told_when_they_ask() {
+        let (_dir, mut admin, client) = connected(Place::Commands);
+        assert!(admin.watchers().is_empty());
+        client.send(&Request::Watch, None).unwrap();
+        let id = only_client(&admin).unwrap();
+        assert_eq!(admin.receive(id), Some(Request::Watch));
+    }
+
+    #[test]
+    fn request_on_the_events_socket_is_not_heard_and_closes_it() {
+        let (_dir, mut admin, client) = connected(Place::Events);
+        client.send(&Request::Reload, None).unwrap();
+        let id = only_client(&admin).unwrap();
+        assert_eq!(admin.receive(id), None);
+        assert_eq!(only_client(&admin), None);
+    }
+
+    #[test]
+    fn user_in_none_of_the_groups_may_do_nothing() {
+        let (_dir, admin, _client) = connected(Place::Commands);
+        assert_eq!(admin.look_up(Uid::from_raw(4_000_000), Gid::from_raw(4_000_000)).0, Role::Nobody);
     }
 }

@@ -49,6 +49,8 @@ pub enum Kind {
     Order,
     /// Events were lost; everything was read again.
     Overrun,
+    /// The host slept; everything was read again.
+    Resumed,
 }
 
 impl Kind {
@@ -70,6 +72,7 @@ impl Kind {
             Self::PolicyRefused => "policy-refused",
             Self::Order => "order",
             Self::Overrun => "overrun",
+            Self::Resumed => "resumed",
         }
     }
 

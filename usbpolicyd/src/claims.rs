@@ -66,11 +66,12 @@ pub struct Outcome {
     pub look_again: bool,
 }
 
-/// Works out the plan.
-pub fn plan(policy: &CompiledPolicy, scan: &Scan) -> Plan {
+/// Works out the plan: what rules name, and the connectors in `kept`, whose devices are with VMs by files that need the
+/// claim ([`crate::usbnode::Options::confine`]).
+pub fn plan(policy: &CompiledPolicy, scan: &Scan, kept: &[Connector]) -> Plan {
     let subtrees = policy.claimed_subtrees();
     let mut ports: BTreeMap<usize, BTreeSet<u8>> = BTreeMap::new();
-    for half in policy.claimed_connectors().iter().chain(&subtrees).flat_map(|one| &one.halves) {
+    for half in policy.claimed_connectors().iter().chain(&subtrees).chain(kept).flat_map(|one| &one.halves) {
         let Some((index, number)) = hub_of(scan, half) else { continue };
         // The host needs what sits there: a claim would keep its driver away after the next reset.
         let is_needed = |device: &&Present| {
@@ -229,9 +230,13 @@ mod tests {
     use crate::sysfs::tests::Tree;
 
     fn planned(scan: &Scan, rules: &str) -> Vec<String> {
+        planned_with(scan, rules, &[])
+    }
+
+    fn planned_with(scan: &Scan, rules: &str, kept: &[Connector]) -> Vec<String> {
         let text = format!("schema = 1\n[vms.work]\n{rules}");
         let policy = compile(&load_one("policy.toml", &text).unwrap().policy, &scan.topology);
-        let plan = plan(&policy, scan);
+        let plan = plan(&policy, scan, kept);
         let names = |(hub, ports): &(Hub, BTreeSet<u8>)| format!("{} {ports:?}", hub.name);
         let mut all: Vec<String> = plan.hubs.iter().map(names).collect();
         all.sort();
@@ -251,6 +256,16 @@ mod tests {
         let scan = Tree::new().scan();
         assert!(planned(&scan, "[[assign]]\nvm = \"work\"\nmatch = { id = \"0781:5581\" }").is_empty());
         assert!(planned(&scan, &format!("{PORT}\nclaim_ports = false")).is_empty());
+    }
+
+    #[test]
+    fn port_of_a_device_with_a_confined_file_stays_claimed_when_no_rule_names_it_any_more() {
+        let tree = Tree::new();
+        tree.plug("1-4", 3);
+        let scan = tree.scan();
+        let by_id = "[[assign]]\nvm = \"work\"\nmatch = { id = \"0781:5581\" }";
+        let kept = [scan.devices[0].facts.connector.clone()];
+        assert_eq!(planned_with(&scan, by_id, &kept), ["usb1 {4}", "usb2 {4}"]);
     }
 
     #[test]

@@ -34,6 +34,10 @@ pub struct Cli {
     #[arg(long, value_name = "PATH", default_value = "/run/usbpolicyd/admin.sock")]
     pub admin_socket: PathBuf,
 
+    /// Socket that tells everybody in the groups of usbpolicyctl what happens, and takes no request
+    #[arg(long, value_name = "PATH", default_value = "/run/usbpolicyd/events.sock")]
+    pub events_socket: PathBuf,
+
     /// End with status 2 when the policy is bad, instead of starting with everything left as it is
     #[arg(long)]
     pub strict: bool,

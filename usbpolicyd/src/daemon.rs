@@ -7,13 +7,15 @@ pub mod answer;
 mod perform;
 mod ports;
 mod refresh;
+mod revoke;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use common::channel::Listener;
 use common::ids::{DeviceId, VmName};
 use common::usbfs::UsbfsFile;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -21,11 +23,12 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::time::{ClockId, clock_gettime};
 
-use crate::admin::{Admin, ClientId};
+use crate::admin::{self, Admin};
 use crate::audit::{Audit, Kind, Note};
 use crate::broker::{Broker, Input, LinkId};
 use crate::cli::Cli;
 use crate::guards::Guards;
+use crate::hostsleep::HostSleep;
 use crate::hostwatch::HostWatch;
 use crate::instances::Instances;
 use crate::instances::rundir::Watch;
@@ -127,6 +130,8 @@ struct Gift {
     connector: Connector,
     vm: VmName,
     rule: String,
+    /// Whether the device is reset when the VM gives it up.
+    reset: bool,
 }
 
 /// Everything the daemon has.
@@ -137,6 +142,7 @@ pub struct Daemon {
     sysfs: Sysfs,
     guards: Guards,
     host_watch: HostWatch,
+    host_sleep: HostSleep,
     signals: SignalFd,
     monitor: Monitor,
     watch: Watch,
@@ -162,6 +168,14 @@ pub struct Daemon {
     /// Files that are ready to be sent.
     ready: BTreeMap<DeviceId, Ready>,
     gifts: BTreeMap<DeviceId, Gift>,
+    /// Devices that a VM gave up and that are to be reset before anybody else has them.
+    reset_due: BTreeSet<DeviceId>,
+    /// Devices whose files are confined: their ports stay claimed as long as a VM has them.
+    confined_files: BTreeSet<DeviceId>,
+    /// Claims outlive us only in the service manager's store; without one no file is confined.
+    claims_are_kept: bool,
+    /// What operators want back by force.
+    revocations: revoke::Revocations,
     /// VMs whose instance is up, the longest first.
     up: Vec<VmName>,
     resync_at: Duration,
@@ -187,10 +201,10 @@ enum Source {
     Monitor,
     Watch,
     HostWatch,
+    HostSleep,
     Workers,
     Link(LinkId),
-    Listener,
-    Client(ClientId),
+    Admin(admin::Place),
 }
 
 impl Daemon {
@@ -216,12 +230,12 @@ impl Daemon {
         let workers = Workers::new(&Nodes::default())
             .map_err(|source| StartError::Kernel { what: "thread", source })?;
         let inherited = ports::inherited();
-        let admin = match inherited.admin {
-            Some(admin) => admin,
-            None => admin_socket(&cli.admin_socket)?,
-        };
+        let commands = inherited.commands.map_or_else(|| listener(&cli.admin_socket), Ok)?;
+        let events = inherited.events.map_or_else(|| listener(&cli.events_socket), Ok)?;
         let (record, recalled) = Record::open(&cli.state_dir.join("given.json"), &record::boot_id());
+        let confined_files = record.confined();
         let command_line = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
+        let host_sleep = HostSleep::new().map_err(|source| StartError::Kernel { what: "timerfd", source })?;
         // Milliseconds of this boot and room for 65 536 names in each: no name comes twice, whatever restarts.
         let first_id = u64::try_from(now().as_millis()).unwrap_or(u64::MAX >> 16) << 16;
         let mut daemon = Self {
@@ -230,6 +244,7 @@ impl Daemon {
             sysfs: Sysfs::default(),
             guards: Guards::default(),
             host_watch: HostWatch::new(Path::new("/proc")),
+            host_sleep,
             signals,
             monitor,
             watch,
@@ -243,13 +258,17 @@ impl Daemon {
             orders: Orders::open(&cli.state_dir, &cli.order_dir),
             audit: Audit::new(journal),
             told_seq: 0,
-            admin,
+            admin: Admin::new(commands, events),
             written: None,
             policy: CompiledPolicy::default(),
             policy_names: Vec::new(),
             inputs: VecDeque::new(),
             ready: BTreeMap::new(),
             gifts: BTreeMap::new(),
+            reset_due: BTreeSet::new(),
+            confined_files,
+            claims_are_kept: std::env::var_os("NOTIFY_SOCKET").is_some(),
+            revocations: revoke::Revocations::default(),
             up: Vec::new(),
             resync_at: Duration::ZERO,
             resynced_at: None,
@@ -318,17 +337,18 @@ impl Daemon {
     }
 
     fn poll_set(&self) -> (Vec<PollFd<'_>>, Vec<Source>) {
-        let own: [(BorrowedFd<'_>, Source); 4] = [
+        let own: [(BorrowedFd<'_>, Source); 5] = [
             (self.signals.as_fd(), Source::Signals),
+            (self.host_sleep.as_fd(), Source::HostSleep),
             (self.monitor.as_fd(), Source::Monitor),
             (self.watch.as_fd(), Source::Watch),
             (self.workers.as_fd(), Source::Workers),
         ];
         let links = self.instances.sockets().map(|(link, fd)| (fd, Source::Link(link)));
         let quiet = own.into_iter().chain(links).map(|(fd, source)| (fd, source, PollFlags::POLLIN));
-        let clients = self.admin.sockets().map(|(client, fd, waits)| {
+        let clients = self.admin.sockets().map(|(place, fd, waits)| {
             let events = if waits { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
-            (fd, client.map_or(Source::Listener, Source::Client), events)
+            (fd, Source::Admin(place), events)
         });
         let host = self.host_watch.sockets().map(|(fd, events)| (fd, Source::HostWatch, events));
         quiet.chain(host).chain(clients).map(|(fd, source, events)| (PollFd::new(fd, events), source)).unzip()
@@ -372,16 +392,23 @@ impl Daemon {
                 self.host_watch.drain();
                 self.resync_soon();
             }
+            Source::HostSleep => {
+                if let Some(slept) = self.host_sleep.look() {
+                    let text = format!("the host slept for {} s; reading all devices again", slept.as_secs());
+                    self.note(Kind::Resumed, None, text, "kernel");
+                    self.resync_soon();
+                }
+            }
             Source::Workers => self.finish_jobs(),
             Source::Link(link) => {
                 let inputs = self.instances.receive(now(), link);
                 self.queue(inputs);
             }
-            Source::Listener => self.admin.accept(),
-            Source::Client(client) => {
+            Source::Admin(admin::Place::Client(client)) => {
                 self.admin.flush(client);
                 self.serve(client);
             }
+            Source::Admin(place) => self.admin.accept(place),
         }
     }
 
@@ -393,6 +420,7 @@ impl Daemon {
         if self.broker.deadline_after(Duration::ZERO).is_some_and(|at| at <= now) {
             self.inputs.push_back(Input::Tick);
         }
+        self.revoke_what_is_due(now);
         if self.resync_at <= now {
             self.resync();
         }
@@ -420,6 +448,7 @@ impl Daemon {
             self.broker.deadline_after(now),
             self.instances.deadline(),
             self.inventory.deadline_after(now),
+            self.next_revocation(),
             watchdog,
         ];
         let at = due.into_iter().flatten().min().unwrap_or(self.resync_at);
@@ -431,8 +460,8 @@ impl Daemon {
     }
 }
 
-/// Listens for usbpolicyctl.
-fn admin_socket(path: &Path) -> Result<Admin, StartError> {
+/// Listens for usbpolicyctl, or for those who want to be told what happens.
+fn listener(path: &Path) -> Result<Listener, StartError> {
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory)
             .map_err(|source| StartError::Directory { path: directory.to_owned(), source })?;
@@ -440,9 +469,9 @@ fn admin_socket(path: &Path) -> Result<Admin, StartError> {
     Admin::bind(path).map_err(|source| StartError::Admin { path: path.to_owned(), source })
 }
 
-/// Time since boot, time asleep included.
+/// Time since boot, without the time asleep: nobody is late because the host slept.
 fn now() -> Duration {
-    clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default()
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default()
 }
 
 /// Waits for the descriptors and returns the places of those with news.

@@ -24,8 +24,8 @@ const THREADS: usize = 4;
 pub enum Job {
     /// Make a device ready to be sent.
     Prepare(DeviceId, Box<Present>, Options),
-    /// Do what its release asks.
-    Release(DeviceId, Box<Present>, OnRelease),
+    /// Do what its release asks; reset it before if so.
+    Release(DeviceId, Box<Present>, OnRelease, bool),
     /// Cut it off from whoever has it: its port is switched off and on.
     Revoke(DeviceId, Box<Present>),
     /// Claim and release ports.
@@ -103,9 +103,9 @@ impl AsFd for Workers {
 fn run(nodes: &Nodes, job: Job) -> Done {
     match job {
         Job::Prepare(id, device, options) => Done::Prepared(id, nodes.prepare(&device, options)),
-        Job::Release(id, device, how) => {
+        Job::Release(id, device, how, reset) => {
             let result = match how {
-                OnRelease::Host => nodes.give_back(&device),
+                OnRelease::Host => nodes.give_back(&device, reset),
                 OnRelease::Hold => Ok(()),
                 OnRelease::Deauthorize => nodes.deauthorize(&device),
             };

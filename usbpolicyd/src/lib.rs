@@ -9,6 +9,7 @@ pub mod ctl;
 pub mod daemon;
 pub mod facts;
 pub mod guards;
+pub mod hostsleep;
 pub mod hostwatch;
 pub mod instances;
 pub mod inventory;

@@ -4,7 +4,7 @@
 //! in it. It lives in `/run` and dies with the boot. A file that cannot be read is set aside, never fatal: the instances
 //! still tell what they hold.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -32,6 +32,9 @@ pub struct Given {
     pub inode: u64,
     /// Bus and device number.
     pub address: BusAddress,
+    /// Its file cannot take it from the host's drivers: its port has to stay claimed.
+    #[serde(default)]
+    pub confined: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -75,6 +78,11 @@ impl Record {
         (record, recalled)
     }
 
+    /// The devices whose files are confined, of those that a former run left or that were written last.
+    pub fn confined(&self) -> BTreeSet<DeviceId> {
+        self.written.iter().filter(|one| one.confined).map(|one| one.id).collect()
+    }
+
     /// Replaces the content, in one step. Does nothing when it is the same.
     pub fn write(&mut self, given: Vec<Given>) -> io::Result<()> {
         if given == self.written {
@@ -114,6 +122,7 @@ mod tests {
             syspath: "/sys/devices/x/usb1/1-1".into(),
             inode: 99,
             address: BusAddress { bus: 1, device: 2 },
+            confined: false,
         }
     }
 

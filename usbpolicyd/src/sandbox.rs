@@ -54,6 +54,7 @@ const CALLS: &[(libc::c_long, Allow)] = &[
     (libc::SYS_setsockopt, Allow::Any),
     (libc::SYS_getsockname, Allow::Any),
     (libc::SYS_inotify_add_watch, Allow::Any),
+    (libc::SYS_timerfd_settime, Allow::Any),
     // sysfs, procfs, the policy, its own files; Landlock says which.
     (libc::SYS_openat, Allow::Any),
     (libc::SYS_getdents64, Allow::Any),

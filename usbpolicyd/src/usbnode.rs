@@ -29,6 +29,8 @@ const STILL_CLAIMED_PAUSE: Duration = Duration::from_millis(50);
 /// to us some milliseconds later.
 const NOT_OURS_YET_TRIES: u32 = 40;
 const NOT_OURS_YET_PAUSE: Duration = Duration::from_millis(50);
+/// The mask of `USBDEVFS_DROP_PRIVILEGES`: whoever gets the file may claim each interface of the device.
+const ALL_INTERFACES: u32 = u32::MAX;
 /// Class of interfaces that only their vendor's driver knows (USB class code list).
 const CLASS_VENDOR: u8 = 0xff;
 
@@ -125,6 +127,12 @@ pub struct Options {
     pub reset: bool,
     /// The configuration to set when it has none.
     pub configuration: Option<u8>,
+    /// Make the file one that cannot detach drivers of the host (`USBDEVFS_DROP_PRIVILEGES`). Only for a device on a port
+    /// that stays claimed: after a reset on any other port the host's driver would come back, and such a file could
+    /// never get the device again.
+    pub confine: bool,
+    /// Authorize it if it is not: we took the authorization away, or the rule says that it is ours to give.
+    pub authorize: bool,
 }
 
 /// A device that can be sent.
@@ -239,8 +247,12 @@ impl Nodes {
     /// All that comes before sending: open, verify, take the host's drivers off, make sure of a configuration. On
     /// failure the drivers are put back.
     pub fn prepare(&self, device: &Present, options: Options) -> Result<Ready, NodeError> {
-        if !device.facts.authorized {
-            return Err(NodeError::Unauthorized { name: device.facts.sys_name.clone() });
+        if !is_authorized(device) {
+            if !options.authorize {
+                return Err(NodeError::Unauthorized { name: device.facts.sys_name.clone() });
+            }
+            // The kernel sets a configuration now, and drivers may come: they are taken off like any others.
+            self.write_sysfs(device, Verb::Authorize)?;
         }
         let file = self.open(device)?;
         let node = self.path(device.facts.address);
@@ -290,16 +302,23 @@ impl Nodes {
             // Both let host drivers have another look, unless the port is claimed.
             detach_drivers(device, node, ready)?;
         }
+        if options.confine {
+            let result = ready.file.drop_privileges(ALL_INTERFACES);
+            result.map_err(|errno| kernel(node, "USBDEVFS_DROP_PRIVILEGES", errno))?;
+        }
         Ok(())
     }
 
-    /// Gives the device to the host's drivers again.
-    pub fn give_back(&self, device: &Present) -> Result<(), NodeError> {
-        if !device.facts.authorized {
+    /// Gives the device to the host's drivers again, reset before if `reset`.
+    pub fn give_back(&self, device: &Present, reset: bool) -> Result<(), NodeError> {
+        if !is_authorized(device) {
             return self.write_sysfs(device, Verb::Authorize);
         }
         let file = self.open(device)?;
         let node = self.path(device.facts.address);
+        if reset {
+            file.reset().map_err(|errno| kernel(&node, "reset", errno))?;
+        }
         let Some(active) = active_configuration(device) else {
             // Setting a configuration makes the drivers look.
             let value = usual_configuration(device).unwrap_or(1);
@@ -390,6 +409,12 @@ fn detach_drivers(device: &Present, node: &Path, ready: &mut Ready) -> Result<()
     Ok(())
 }
 
+/// Whether the host has authorized it: as it is now, or as the inventory says when that cannot be read.
+fn is_authorized(device: &Present) -> bool {
+    let now = crate::sysfs::number::<u8>(&device.plug.syspath, "authorized").map(|value| value != 0);
+    now.unwrap_or(device.facts.authorized)
+}
+
 /// The configuration that is set now.
 fn active_configuration(device: &Present) -> Option<u8> {
     crate::sysfs::number::<u8>(&device.plug.syspath, "bConfigurationValue").filter(|value| *value != 0)
@@ -478,10 +503,14 @@ mod tests {
     #[test]
     fn unauthorized_device_is_not_opened() {
         let tree = Tree::new();
-        let (mut device, nodes) = device(&tree);
-        device.facts.authorized = false;
+        let (device, nodes) = device(&tree);
+        fs::write(device.plug.syspath.join("authorized"), "0\n").unwrap();
         let error = nodes.prepare(&device, Options::default()).unwrap_err();
         assert!(matches!(error, NodeError::Unauthorized { .. }));
+        // Unless that is ours to change; then it is asked for, here of nobody.
+        let options = Options { authorize: true, ..Options::default() };
+        let error = nodes.prepare(&device, options).unwrap_err();
+        assert!(matches!(error, NodeError::Sysfs(AskError::NotThere { .. })), "{error:?}");
     }
 
     #[test]

@@ -24,6 +24,7 @@ use crate::{KERNEL_ARGUMENTS, agent, binaries, initramfs, patience, progress};
 /// Programs that the host under test gets: ours, and those of this crate that run in it.
 const PROGRAMS: &[&str] = &[
     "usbpolicyd",
+    "usbpolicyd-sysfs",
     "usbpolicyctl",
     "usbvfiod",
     "vm-agent",

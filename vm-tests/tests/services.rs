@@ -6,9 +6,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use vm_tests::{Guest, GuestConfig, Host, HostConfig, Process, UsbDevice, Vmm, binaries, progress, scenario};
+use vm_tests::{
+    Guest, GuestConfig, Host, HostConfig, Plugged, Process, UsbDevice, Vmm, binaries, progress, scenario,
+};
 
-const POLICY: &str = "schema = 1\n[vms.vm1]\n[[assign]]\nvm = \"vm1\"\nmatch = { id = \"46f4:0001\" }\n";
+const POLICY: &str = "schema = 1\n[vms.vm1]\n[[assign]]\nname = \"stick\"\nvm = \"vm1\"\nmode = \"required\"\n\
+                      match = { id = \"46f4:0001\" }\n";
 
 /// Longest step, on a machine that is busy with other things.
 const WITHIN: Duration = Duration::from_secs(240);
@@ -152,14 +155,25 @@ fn installed_services_give_a_stick_to_a_guest() -> Result<()> {
         )?;
         ensure!(sockets == "660 usbvfiod\n660 usbpolicyd\n755 usbpolicyd", "{sockets}");
 
+        progress("what the VM requires, and nobody may see who is in no group");
+        systemd.run("systemctl start usbpolicyd-wait@vm1.service\nusbpolicyctl vm wait vm1 --timeout 0")?;
+        systemd.run(
+            "test \"$(stat --format '%a %U' /run/usbpolicyd/events.sock)\" = '666 root'\n\
+             ! setpriv --reuid 4242 --regid 4242 --clear-groups usbpolicyctl vm wait vm1 --timeout 0",
+        )?;
+        the_journal_has_the_fields_of_an_attach(&systemd)?;
+
         let vmm = Vmm::Qemu { socket: "/run/usbvfiod/vm1.sock".to_owned() };
         let guest = Guest::start(host, &GuestConfig::new("vm1", vmm))?;
         guest.check_content(&stick)?;
 
-        progress("killing usbpolicyd; systemd starts it again");
+        progress("killing usbpolicyd; systemd starts it again, and a question asked meanwhile is answered");
         let with_vm1 = "until usbpolicyctl list | grep -q 'with vm1'; do sleep 0.5; done";
-        systemd.run(&format!("systemctl kill --signal KILL usbpolicyd\n{with_vm1}"))?;
+        systemd.run(&format!(
+            "systemctl kill --signal KILL usbpolicyd\nusbpolicyctl list | grep 46f4:0001\n{with_vm1}"
+        ))?;
         guest.check_content(&stick)?;
+        a_confined_file_survives_resets_and_its_port_stays_claimed(&systemd, &guest, &stick)?;
 
         progress("a bad policy is a failed reload and changes nothing");
         host.remote().write_file("/etc/usbpolicyd/policy.toml", b"schema = 1\nassing = []\n")?;
@@ -173,7 +187,93 @@ fn installed_services_give_a_stick_to_a_guest() -> Result<()> {
              test ! -e /run/usbvfiod/vm1\n\
              until ls -d /sys/bus/usb/drivers/usb-storage/*:1.0; do sleep 0.5; done",
         )?;
+        a_device_that_is_not_given_back_is_cut_off_at_its_port(&systemd, &stick)?;
         systemd.run("dpkg --remove usbpolicyd\n! systemctl is-active usbpolicyd")?;
         Ok(())
     })
+}
+
+/// What happened is found by its fields, as an operator would look for it.
+fn the_journal_has_the_fields_of_an_attach(systemd: &Systemd<'_>) -> Result<()> {
+    let entry = systemd
+        .run("journalctl --no-pager --output json --lines 1 USB_EVENT=attached USB_VM=vm1 USB_RULE=stick")?;
+    for field in ["\"MESSAGE_ID\"", "\"USB_UID\"", "\"USB_CONNECTOR\":\"pci-", "\"USB_ACTOR\":\"policy\""] {
+        ensure!(entry.contains(field), "no {field} in {entry}");
+    }
+    Ok(())
+}
+
+/// A device on a claimed port is handed over by a file that cannot take it from host drivers. Each reset makes the
+/// kernel drop the claims of its interfaces; the guest must not notice, also when no rule claims the port any more.
+fn a_confined_file_survives_resets_and_its_port_stays_claimed(
+    systemd: &Systemd<'_>,
+    guest: &Guest,
+    stick: &Plugged,
+) -> Result<()> {
+    progress("handing the stick over by a file that cannot detach drivers");
+    let by_port = POLICY.replace("id = \"46f4:0001\"", &format!("at = \"{}\"", stick.connector()));
+    let reload = |policy: &str| -> Result<String> {
+        systemd.host.remote().write_file("/etc/usbpolicyd/policy.toml", policy.as_bytes())?;
+        systemd.run("usbpolicyctl reload")
+    };
+    let claimed = "usbpolicyctl status | grep -A1 claimed_ports | grep -e -port";
+    reload(&by_port)?;
+    systemd.run(&format!("until {claimed}; do sleep 0.5; done"))?;
+    // The file it has was made before the port was claimed: give it another one.
+    systemd.run(
+        "usbpolicyctl vm drain vm1\nuntil usbpolicyctl list | grep -q 'which is paused'; do sleep 0.5; done\n\
+         usbpolicyctl vm resume vm1\nuntil usbpolicyctl list | grep -q 'with vm1'; do sleep 0.5; done\n\
+         grep '\"confined\":true' /run/usbpolicyd/given.json",
+    )?;
+    guest.check_content(stick)?;
+    progress("the rule that claims the port goes; the guest resets the stick");
+    reload(POLICY)?;
+    systemd.run(&format!("sleep 1; {claimed}"))?;
+    guest.reboot()?;
+    guest.check_content(stick)?;
+    let log = systemd.run("usbpolicyctl log")?;
+    ensure!(!log.contains("let go by usbvfiod"), "{log}");
+    Ok(())
+}
+
+/// An instance that is stopped in its tracks keeps nothing: the port is switched, by the service that may.
+fn a_device_that_is_not_given_back_is_cut_off_at_its_port(
+    systemd: &Systemd<'_>,
+    stick: &Plugged,
+) -> Result<()> {
+    progress("an instance that does not answer; without the service the operator is told of it");
+    let policy = POLICY.replace("[[assign]]", "[defaults]\non_release = \"deauthorize\"\n[[assign]]");
+    systemd.host.remote().write_file("/etc/usbpolicyd/policy.toml", policy.as_bytes())?;
+    systemd.run(
+        "usbpolicyctl reload\nsystemctl start usbvfiod@vm1.service\n\
+         until usbpolicyctl list | grep -q 'with vm1'; do sleep 0.5; done\n\
+         systemctl kill --signal STOP usbvfiod@vm1.service\n\
+         usbpolicyctl revoke 46f4:0001\n\
+         until usbpolicyctl log | grep 'enable --now usbpolicyd-sysfs.socket'; do sleep 0.5; done\n\
+         usbpolicyctl list | grep STUCK",
+    )?;
+    let name = systemd.host.kernel_name(stick)?;
+    systemd.run(&format!(
+        "systemctl enable --now usbpolicyd-sysfs.socket\n\
+         number=$(cat /sys/bus/usb/devices/{name}/devnum)\n\
+         usbpolicyctl revoke 46f4:0001\n\
+         until usbpolicyctl log | grep 'its port was switched off and on'; do sleep 0.5; done\n\
+         test \"$(cat /sys/bus/usb/devices/{name}/devnum)\" != $number"
+    ))?;
+    println!("{}", systemd.run("usbpolicyctl log; usbpolicyctl list --long; usbpolicyctl orders")?);
+    systemd.run("systemctl kill --signal CONT usbvfiod@vm1.service")?;
+
+    progress("a device that is deauthorized after its VM, and authorized for it");
+    systemd.host.unplug(stick)?;
+    systemd.host.replug(stick)?;
+    let name = systemd.host.kernel_name(stick)?;
+    systemd.run(&format!(
+        "usbpolicyctl clear --all\nuntil usbpolicyctl list | grep -q 'with vm1'; do sleep 0.5; done\n\
+         systemctl stop usbvfiod@vm1.service\n\
+         until [ $(cat /sys/bus/usb/devices/{name}/authorized) = 0 ]; do sleep 0.5; done\n\
+         systemctl start usbvfiod@vm1.service\n\
+         until usbpolicyctl list | grep -q 'with vm1'; do sleep 0.5; done\n\
+         test $(cat /sys/bus/usb/devices/{name}/authorized) = 1"
+    ))?;
+    Ok(())
 }

@@ -62,10 +62,14 @@ pub enum Request {
     },
     /// All orders in force.
     Orders,
-    /// Take a device away from an instance that does not let go: its port is switched off and on.
+    /// Take a device from its VM and keep it from all, by force if its instance does not let go: its port is switched
+    /// off and on.
     Revoke {
         /// As in `Attach`.
         device: String,
+        /// For how long.
+        #[serde(default)]
+        lasting: Lasting,
     },
     /// Try a failed hand-over again now.
     Retry {
@@ -242,6 +246,9 @@ pub struct VmView {
     pub service: Service,
     /// How many devices it has.
     pub devices: usize,
+    /// Rules with `mode = "required"` by which it should have a device and has none.
+    #[serde(default)]
+    pub missing: Vec<String>,
     /// How many it may have.
     pub max_devices: Option<u32>,
     /// Where its socket is.

@@ -48,7 +48,7 @@ struct Report<'a> {
 }
 
 pub(super) fn run(args: &Args, out: &mut dyn Write) -> anyhow::Result<Outcome> {
-    let mut findings = vec![landlock(), memory(), usbguard()];
+    let mut findings = vec![landlock(), memory(), usbguard(), sysfs_service()];
     findings.extend(daemon(&args.socket));
     findings.push(policy());
     findings.extend(nodes());
@@ -106,6 +106,17 @@ fn memory() -> Finding {
         ),
         Err(_) => found("usbfs-memory", false, format!("no USB in this kernel: {path} is not there")),
     }
+}
+
+/// Optional, so never something to do.
+fn sysfs_service() -> Finding {
+    let text = if Path::new(crate::sysfs_write::SOCKET).exists() {
+        "usbpolicyd-sysfs.socket is there: devices can be taken back by their ports, and deauthorized"
+    } else {
+        "usbpolicyd-sysfs.socket is not there: devices cannot be taken back by their ports, nor deauthorized; \
+         `systemctl enable --now usbpolicyd-sysfs.socket` changes that"
+    };
+    found("sysfs-service", true, text)
 }
 
 fn usbguard() -> Finding {

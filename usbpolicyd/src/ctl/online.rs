@@ -1,11 +1,13 @@
 //! Talking to the daemon: one request, then packets until `end`.
 
 use std::io::IoSlice;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, sendmsg, setsockopt, socket,
     sockopt,
@@ -75,6 +77,30 @@ impl Answer {
     /// From now on the next packet may take for ever.
     pub(super) fn wait_for_ever(&self) -> anyhow::Result<()> {
         Ok(setsockopt(&self.socket, sockopt::ReceiveTimeout, &TimeVal::seconds(0))?)
+    }
+
+    /// Waits for packets and takes all that are there; `false` when none came within `limit`.
+    pub(super) fn wait_for_news(&mut self, limit: Duration) -> anyhow::Result<bool> {
+        let ready = |limit: Duration| -> anyhow::Result<bool> {
+            let timeout = PollTimeout::try_from(limit.as_millis()).unwrap_or(PollTimeout::MAX);
+            match poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)], timeout) {
+                Ok(count) => Ok(count > 0),
+                Err(Errno::EINTR) => Ok(true),
+                Err(errno) => Err(errno.into()),
+            }
+        };
+        if !ready(limit)? {
+            return Ok(false);
+        }
+        let mut buffer = vec![0; PACKET_MAX];
+        loop {
+            match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+                Ok(0) | Err(Errno::ECONNRESET) => bail!("usbpolicyd ended"),
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return Ok(true),
+                Err(errno) => bail!("cannot read from usbpolicyd: {errno}"),
+            }
+        }
     }
 
     /// The next packet; none when the daemon closed.

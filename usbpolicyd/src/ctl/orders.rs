@@ -86,13 +86,18 @@ pub(super) struct OrdersArgs {
     json: bool,
 }
 
-/// Cut a device off from a VM that does not let go: its port is switched off and on
+/// Take a device from its VM and keep it on the host, by force if need be
+///
+/// As `detach`; and when the VM's usbvfiod does not let go in time, the device's port is switched off and on, which ends
+/// every open file of it. That needs usbpolicyd-sysfs.socket to be enabled. `usbpolicyctl log` tells how it went.
 #[derive(Debug, clap::Args)]
 pub(super) struct RevokeArgs {
     #[command(flatten)]
     socket: Socket,
     /// The device: kernel name, bus:dev, vendor:product, serial number, connector or id
     device: String,
+    #[command(flatten)]
+    duration: Duration,
 }
 
 #[derive(Debug, Serialize)]
@@ -121,7 +126,8 @@ pub(super) fn clear(args: &ClearArgs, out: &mut dyn Write) -> anyhow::Result<Out
 }
 
 pub(super) fn revoke(args: &RevokeArgs, out: &mut dyn Write) -> anyhow::Result<Outcome> {
-    finish(args.socket.call(&Request::Revoke { device: args.device.clone() })?.1, out)
+    let request = Request::Revoke { device: args.device.clone(), lasting: args.duration.lasting() };
+    finish(args.socket.call(&request)?.1, out)
 }
 
 pub(super) fn orders(args: &OrdersArgs, out: &mut dyn Write) -> anyhow::Result<Outcome> {

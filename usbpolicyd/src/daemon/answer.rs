@@ -14,7 +14,6 @@ use crate::audit::Kind;
 use crate::broker::{self, Input};
 use crate::facts::DeviceFacts;
 use crate::inventory::Item;
-use crate::jobs::Job;
 use crate::policy::compile::CompiledPolicy;
 use crate::policy::decide::{Context, Order, Verdict, decide};
 
@@ -145,21 +144,21 @@ impl Daemon {
                 }
                 done(String::new())
             }
-            Request::Revoke { device } => {
+            Request::Revoke { device, lasting } => {
                 let id = self.find(&device)?;
-                let Some(item) = self.inventory.get(id) else { return Err("the device is gone".into()) };
-                self.workers.start(Job::Revoke(id, Box::new(item.present.clone())));
-                let subject = subject(id, &item.present);
-                self.note(Kind::Order, Some(subject), "revoke".to_owned(), actor);
-                done(format!(
-                    "switching the port of {device} off and on; `usbpolicyctl log` tells how it went"
-                ))
+                self.revoke(id, lasting, actor).map(Some)
             }
         }
     }
 
     /// Puts an order in force, unless a guard or a deny stands above it.
-    fn order(&mut self, id: DeviceId, order: Order, lasting: Lasting, actor: &str) -> Result<String, String> {
+    pub(super) fn order(
+        &mut self,
+        id: DeviceId,
+        order: Order,
+        lasting: Lasting,
+        actor: &str,
+    ) -> Result<String, String> {
         let Some(item) = self.inventory.get(id) else { return Err("the device is gone".into()) };
         let device = subject(id, &item.present);
         let text = match &order {
@@ -250,12 +249,27 @@ impl Daemon {
                     _ => Service::Running,
                 },
                 devices: state.map_or(0, |state| state.devices),
+                missing: self.missing(name),
                 max_devices: rules.and_then(|vm| vm.limits.max_devices),
                 socket: self.instances.path(name).display().to_string(),
                 problem: self.instances.complaint(name).map(str::to_owned),
             }
         };
         names.into_iter().map(view).collect()
+    }
+
+    /// The rules with `mode = "required"` by which a VM should have a device and has none.
+    fn missing(&self, vm: &common::ids::VmName) -> Vec<String> {
+        let needed = self.policy.rules.iter().filter(|rule| {
+            rule.options.mode == crate::policy::schema::Mode::Required && rule.vms.contains(vm)
+        });
+        let has = |rule: &&crate::policy::compile::Rule| {
+            self.inventory.iter().any(|(id, item)| {
+                rule.matcher.test(&item.present.facts).is_some()
+                    && matches!(self.broker.state(now(), id), Some(broker::State::Attached(holder, _)) if holder == *vm)
+            })
+        };
+        needed.filter(|rule| !has(rule)).map(|rule| rule.label.clone()).collect()
     }
 
     fn status_view(&self) -> StatusView {

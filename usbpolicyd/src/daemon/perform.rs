@@ -8,9 +8,9 @@ use common::wire::{Attach, ResetPolicy, ToInstance};
 use super::refresh::subject;
 use super::{Daemon, Gift, now};
 use crate::audit::{Kind, Note};
-use crate::broker::{DETACH_DEADLINE, Effect, Event, Failure, Input, LinkId, OnRelease};
+use crate::broker::{Effect, Event, Failure, Input, LinkId, OnRelease};
 use crate::jobs::{Done, Job};
-use crate::policy::schema::Reset;
+use crate::policy::schema::{self, Reset};
 use crate::record::Given;
 use crate::usbnode::Options;
 
@@ -28,6 +28,7 @@ impl Daemon {
             for effect in &effects {
                 if let Effect::Rename(old, new) = effect {
                     self.inventory.rename(*old, *new);
+                    self.renamed(*old, *new);
                 }
             }
             if let Err(error) = self.write_record() {
@@ -39,6 +40,15 @@ impl Daemon {
             }
             for effect in effects {
                 self.perform(effect);
+            }
+        }
+    }
+
+    /// What is kept by the names of devices.
+    fn renamed(&mut self, old: DeviceId, new: DeviceId) {
+        for set in [&mut self.reset_due, &mut self.confined_files] {
+            if set.remove(&old) {
+                set.insert(new);
             }
         }
     }
@@ -56,6 +66,7 @@ impl Daemon {
                 syspath: plug.syspath.clone(),
                 inode: plug.inode,
                 address: plug.address,
+                confined: self.confined_files.contains(&id),
             })
         });
         let given = given.collect();
@@ -67,10 +78,24 @@ impl Daemon {
             Effect::Prepare(id) => match self.inventory.get(id) {
                 Some(item) => {
                     let options = item.options();
+                    let confine = self.claims_are_kept
+                        && !self.ports.is_busy()
+                        && self.is_on_claimed_port(&item.present.facts.sys_name);
+                    let on_attach =
+                        options.is_some_and(|one| matches!(one.reset, Reset::OnAttach | Reset::Both));
                     let options = Options {
-                        reset: options.is_some_and(|one| matches!(one.reset, Reset::OnAttach | Reset::Both)),
+                        reset: on_attach || self.reset_due.remove(&id),
                         configuration: options.and_then(|one| one.configuration),
+                        confine,
+                        authorize: options
+                            .is_some_and(|one| one.on_release == schema::OnRelease::Deauthorize)
+                            || self.broker.is_deauthorized(id),
                     };
+                    if confine {
+                        self.confined_files.insert(id);
+                    } else {
+                        self.confined_files.remove(&id);
+                    }
                     self.workers.start(Job::Prepare(id, Box::new(item.present.clone()), options));
                 }
                 None => self.inputs.push_back(Input::Prepared(id, Err(vanished()))),
@@ -81,9 +106,11 @@ impl Daemon {
             Effect::Send(_, link, id) => self.send(link, id),
             Effect::Discard(id) => {
                 self.ready.remove(&id);
+                self.confined_files.remove(&id);
             }
             Effect::Detach(link, id) => {
-                let deadline_ms = u32::try_from(DETACH_DEADLINE.as_millis()).unwrap_or(u32::MAX);
+                let deadline_ms =
+                    u32::try_from(self.broker.detach_deadline().as_millis()).unwrap_or(u32::MAX);
                 let inputs = self.instances.send(now(), link, &ToInstance::Detach { id, deadline_ms }, None);
                 self.queue(inputs);
             }
@@ -94,8 +121,9 @@ impl Daemon {
     }
 
     pub(super) fn release(&mut self, id: DeviceId, how: OnRelease) {
+        let reset = how == OnRelease::Host && self.reset_due.remove(&id);
         match self.inventory.get(id) {
-            Some(item) => self.workers.start(Job::Release(id, Box::new(item.present.clone()), how)),
+            Some(item) => self.workers.start(Job::Release(id, Box::new(item.present.clone()), how, reset)),
             None => self.inputs.push_back(Input::Returned(id, Err(vanished()))),
         }
     }
@@ -130,13 +158,7 @@ impl Daemon {
                     continue;
                 }
                 Done::Revoked(id, result) => {
-                    let device = self.inventory.get(id).map(|item| subject(id, &item.present));
-                    let text = match result {
-                        Ok(()) => "its port was switched off and on".to_owned(),
-                        Err(error) => Failure::from(&error).text,
-                    };
-                    self.note(Kind::Revoked, device, text, "policy");
-                    self.resync_soon();
+                    self.cut_off_ended(id, result.map_err(|error| Failure::from(&error).text));
                     continue;
                 }
                 Done::Prepared(id, Ok(ready)) => {
@@ -169,7 +191,15 @@ impl Daemon {
             Event::Detached(id, vm, why) => {
                 if let Some(gift) = self.gifts.remove(&id) {
                     self.inventory.left(now(), &gift.connector, &gift.vm, &gift.rule);
+                    if gift.reset {
+                        self.reset_due.insert(id);
+                    }
                 }
+                if self.confined_files.remove(&id) {
+                    // The port was kept for this file; perhaps no rule names it any more.
+                    self.resync_soon();
+                }
+                self.given_back(id);
                 if let Some(item) = self.inventory.get(id)
                     && let Err(error) = self.orders.left(&item.present.plug)
                 {
@@ -178,16 +208,15 @@ impl Daemon {
                 (id, Some(vm), Kind::Detached, why.text().to_owned(), "policy")
             }
             Event::Failed(id, vm, text, pause) => {
+                if !self.broker.is_given(id) {
+                    // Nobody has the file.
+                    self.confined_files.remove(&id);
+                }
                 let text = format!("{text}; next try in {} s", pause.as_secs());
                 (id, Some(vm), Kind::Failed, text, "policy")
             }
             Event::Stuck(id, vm) => {
-                if self.policy.revoke.hard
-                    && let Some(item) = self.inventory.get(id)
-                {
-                    self.workers.start(Job::Revoke(id, Box::new(item.present.clone())));
-                }
-                let text = format!("usbvfiod does not let go of it; end usbvfiod@{vm}, or pull the device");
+                let text = self.stuck(id, &vm);
                 (id, Some(vm), Kind::Stuck, text, "usbvfiod")
             }
             Event::Released(id, how) => {
@@ -213,7 +242,8 @@ impl Daemon {
         if let Some(item) = self.inventory.get(id) {
             let rule = item.rule().unwrap_or_default().to_owned();
             let connector = item.present.facts.connector.clone();
-            self.gifts.insert(id, Gift { connector, vm: vm.clone(), rule });
+            let reset = item.options().is_some_and(|one| matches!(one.reset, Reset::OnRelease | Reset::Both));
+            self.gifts.insert(id, Gift { connector, vm: vm.clone(), rule, reset });
         }
     }
 

@@ -1,16 +1,16 @@
 //! Port claims, and the descriptors that the service manager keeps for us over a restart.
 
-use std::io;
-use std::os::fd::{OwnedFd, RawFd};
+use std::io::IoSlice;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 
-use common::channel::Listener;
+use anyhow::Context as _;
+use common::channel::{Channel, Listener};
 use common::ids::DeviceId;
 use common::usbfs::UsbfsFile;
-use rustix::process::{PidfdFlags, PidfdGetfdFlags};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use sd_notify::NotifyState;
 
 use super::Daemon;
-use crate::admin::Admin;
 use crate::broker::{Input, OnRelease};
 use crate::claims::{self, Claims, Outcome, Plan};
 use crate::jobs::Job;
@@ -18,6 +18,8 @@ use crate::sysfs::{Plug, Scan, port_name};
 
 /// Name of the socket for usbpolicyctl (`FileDescriptorName=` of usbpolicyd.socket).
 const ADMIN: &str = "admin";
+/// Name of the socket for events (`FileDescriptorName=` of usbpolicyd-events.socket).
+const EVENTS: &str = "events";
 /// What the names of kept hub files begin with; their inode number follows.
 const HUB: &str = "hub-";
 
@@ -25,7 +27,9 @@ const HUB: &str = "hub-";
 #[derive(Default)]
 pub(super) struct Inherited {
     /// The socket for usbpolicyctl.
-    pub(super) admin: Option<Admin>,
+    pub(super) commands: Option<Listener>,
+    /// The socket for events.
+    pub(super) events: Option<Listener>,
     /// Open hubs, with the inode numbers of their directories.
     pub(super) hubs: Vec<(UsbfsFile, u64)>,
 }
@@ -42,10 +46,11 @@ pub(super) fn inherited() -> Inherited {
                 continue;
             }
         };
-        if name == ADMIN {
+        if name == ADMIN || name == EVENTS {
+            let place = if name == ADMIN { &mut found.commands } else { &mut found.events };
             match Listener::try_from(fd) {
-                Ok(listener) => found.admin = Some(Admin::new(listener)),
-                Err(error) => tracing::warn!(%error, "the socket of usbpolicyd.socket is of no use"),
+                Ok(listener) => *place = Some(listener),
+                Err(error) => tracing::warn!(name, %error, "a socket of the service manager is of no use"),
             }
         } else if let Some(inode) = name.strip_prefix(HUB).and_then(|inode| inode.parse().ok()) {
             // A hub that is gone is none any more.
@@ -55,13 +60,18 @@ pub(super) fn inherited() -> Inherited {
     found
 }
 
-/// Makes an inherited number ours. `pidfd_getfd` on ourselves is the safe way from a number to an [`OwnedFd`]; the number
-/// itself is closed, or the claims of a hub would outlive our file of it.
-fn take_over(number: RawFd) -> io::Result<OwnedFd> {
-    let ourselves = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
-    let fd = rustix::process::pidfd_getfd(ourselves, number, PidfdGetfdFlags::empty())?;
+/// Makes an inherited number ours: sends it to ourselves, which is a safe way from a number to an [`OwnedFd`] and, unlike
+/// `pidfd_getfd`, needs no system call that the unit does not allow. The number itself is closed, or the claims of a hub
+/// would outlive our file of it.
+fn take_over(number: RawFd) -> anyhow::Result<OwnedFd> {
+    let (ours, mut theirs) = Channel::pair()?;
+    let files = [number];
+    let parts = [IoSlice::new(b"null")];
+    let control = [ControlMessage::ScmRights(&files)];
+    sendmsg::<()>(ours.as_fd().as_raw_fd(), &parts, &control, MsgFlags::MSG_DONTWAIT, None)?;
     nix::unistd::close(number)?;
-    Ok(fd)
+    let arrived = theirs.receive::<()>()?;
+    arrived.and_then(|((), file)| file).context("the descriptor did not arrive")
 }
 
 /// The ports we hold and what we know of them while a worker is busy with them.
@@ -92,13 +102,22 @@ impl Ports {
 }
 
 impl Daemon {
+    /// Whether the port that a device is plugged into is claimed by us now.
+    pub(super) fn is_on_claimed_port(&self, name: &str) -> bool {
+        self.ports.names.iter().any(|port| port_name(port).is_some_and(|port| port.to_string() == name))
+    }
+
     /// Works out which ports should be claimed now and sees to it.
     pub(super) fn plan_claims(&mut self, scan: &Scan) {
         if self.written.is_none() || self.mode != super::Mode::Normal {
             // Without a policy, or told to keep still: what is claimed stays claimed.
             return;
         }
-        let plan = claims::plan(&self.policy, scan);
+        let needs_claim = |device: &&crate::sysfs::Present| {
+            self.inventory.id_of(&device.plug).is_some_and(|id| self.confined_files.contains(&id))
+        };
+        let kept = scan.devices.iter().filter(needs_claim).map(|device| device.facts.connector.clone());
+        let plan = claims::plan(&self.policy, scan, &kept.collect::<Vec<_>>());
         if self.ports.carried.as_ref() != Some(&plan) || plan.has_dead_hubs() {
             self.ports.next = Some(plan);
             self.start_claims();
@@ -158,4 +177,30 @@ impl Daemon {
 
 fn store_name(plug: &Plug) -> String {
     format!("{HUB}{}", plug.inode)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::os::fd::IntoRawFd as _;
+
+    use super::*;
+
+    #[test]
+    fn descriptor_that_is_taken_over_is_the_same_file_and_its_number_is_closed() {
+        let (mut end, other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let number = other.into_raw_fd();
+        let taken = take_over(number).unwrap();
+        end.write_all(b"x").unwrap();
+        let mut byte = [0];
+        std::fs::File::from(taken).read_exact(&mut byte).unwrap();
+        assert_eq!(byte, *b"x");
+        // Nobody else has it: the other end is closed now.
+        assert_eq!(end.read(&mut byte).unwrap(), 0);
+    }
+
+    #[test]
+    fn number_that_is_no_descriptor_is_an_error() {
+        assert!(take_over(1_000_000).is_err());
+    }
 }

@@ -49,11 +49,16 @@ impl Daemon {
             tracing::error!("{:#}", anyhow::Error::from(error));
         }
         let mut gone = before;
-        let mut new = Vec::new();
+        let (mut new, mut new_ids) = (Vec::new(), Vec::new());
         for (id, item) in self.inventory.iter() {
             if gone.remove(&id).is_none() {
                 new.push(subject(id, &item.present));
+                new_ids.push(id);
             }
+        }
+        for id in gone.keys() {
+            self.reset_due.remove(id);
+            self.confined_files.remove(id);
         }
         for device in gone.into_values() {
             self.note(Kind::Unplugged, Some(device), String::new(), "kernel");
@@ -61,6 +66,7 @@ impl Daemon {
         for device in new {
             self.note(Kind::Plugged, Some(device), String::new(), "kernel");
         }
+        self.keep_returned(&new_ids);
         self.judge();
     }
 
@@ -175,6 +181,7 @@ impl Daemon {
     fn compile_policy(&mut self, topology: &Topology) {
         if let Some(written) = &self.written {
             self.policy = compile(written, topology);
+            self.broker.set_detach_deadline(self.policy.revoke.deadline);
         }
     }
 }
