@@ -69,8 +69,29 @@ pub struct Entry {
     pub quota: Option<(String, usize)>,
     /// Whether the host has authorized it. A try before can only fail, and needs no long pause afterwards.
     pub authorized: bool,
-    /// The VM that a former run of this daemon gave it to. Counts only when the device is new to the broker.
-    pub recalled: Option<VmName>,
+    /// What a former run of this daemon did with it. Counts only when the device is new to the broker.
+    pub recalled: Option<Touched>,
+}
+
+/// What we did with a device: the host's drivers do not have it, and only we can give it back to them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Touched {
+    /// Drivers taken off, or about to be. No VM has it.
+    Taken,
+    /// Deauthorized as well.
+    Deauthorized,
+    /// This VM's instance may have the open file.
+    Given(VmName),
+}
+
+impl Touched {
+    /// The VM whose instance may have the open file.
+    pub const fn holder(&self) -> Option<&VmName> {
+        match self {
+            Self::Given(vm) => Some(vm),
+            Self::Taken | Self::Deauthorized => None,
+        }
+    }
 }
 
 /// One device in an instance's answer to `List`.
@@ -401,7 +422,12 @@ impl Broker {
         self.devices.get(&id)?.place.holder()
     }
 
-    /// All devices that a VM's instance may have, for the record that outlives this process.
+    /// All devices that are not as the host's drivers know them, for the record that outlives this process.
+    pub fn touched(&self) -> impl Iterator<Item = (DeviceId, Touched)> {
+        self.devices.iter().filter_map(|(id, device)| Some((*id, device.touched()?)))
+    }
+
+    /// All devices that a VM's instance may have.
     pub fn holders(&self) -> impl Iterator<Item = (DeviceId, &VmName)> {
         self.devices.iter().filter_map(|(id, device)| Some((*id, device.place.holder()?)))
     }

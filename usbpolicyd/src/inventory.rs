@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use common::ids::{DeviceId, VmName};
 
-use crate::broker::{Entry, OnRelease};
+use crate::broker::{Entry, OnRelease, Touched};
 use crate::guards::{Keyboards, last_keyboard};
 use crate::policy::compile::{CompiledPolicy, Options};
 use crate::policy::decide::{Context, Verdict, decide};
@@ -32,7 +32,7 @@ pub struct Item {
     pub calm_at: Option<Duration>,
     /// Whether the host used it at an earlier look.
     was_busy: bool,
-    recalled: Option<VmName>,
+    recalled: Option<Touched>,
 }
 
 /// What happened at one connector before.
@@ -49,7 +49,7 @@ struct Past {
 pub struct Inventory {
     items: BTreeMap<DeviceId, Item>,
     names: BTreeMap<Plug, DeviceId>,
-    recalled: BTreeMap<Plug, (DeviceId, VmName)>,
+    recalled: BTreeMap<Plug, (DeviceId, Touched)>,
     past: BTreeMap<Connector, Past>,
     topology: Topology,
     keyboards: Keyboards,
@@ -58,7 +58,7 @@ pub struct Inventory {
 
 impl Inventory {
     /// An empty one. New names count up from `first_id`; `recalled` are the names a former run gave.
-    pub fn new(first_id: u64, recalled: BTreeMap<Plug, (DeviceId, VmName)>) -> Self {
+    pub fn new(first_id: u64, recalled: BTreeMap<Plug, (DeviceId, Touched)>) -> Self {
         Self { next_id: first_id, recalled, ..Self::default() }
     }
 
@@ -102,7 +102,7 @@ impl Inventory {
             since: now,
             calm_at: None,
             was_busy: false,
-            recalled: recalled.map(|(_, vm)| vm),
+            recalled: recalled.map(|(_, touched)| touched),
         };
         (id, item)
     }

@@ -1,7 +1,7 @@
-//! What outlives the daemon: which plug-in was given to which VM, under which name.
+//! What outlives the daemon: which plug-in was taken from the host's drivers, which VM has it, and under which name.
 //!
-//! The file is written before a device is sent, so after a crash at any moment each device that an instance may hold is
-//! in it. It lives in `/run` and dies with the boot. A file that cannot be read is set aside, never fatal: the instances
+//! The file is written before a device is touched, so after a crash at any moment each device that an instance may hold,
+//! or that waits for the host's drivers, is in it. It lives in `/run` and dies with the boot. A file that cannot be read is set aside, never fatal: the instances
 //! still tell what they hold.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use common::ids::{BusAddress, DeviceId, VmName};
 use serde::{Deserialize, Serialize};
 
+use crate::broker::Touched;
 use crate::sysfs::Plug;
 
 /// Version of the file's format.
@@ -19,13 +20,17 @@ const VERSION: u32 = 1;
 /// Largest file that is read. A thousand devices take a fifth of it.
 const FILE_MAX: u64 = 1 << 20;
 
-/// One device that a VM may have.
+/// One device that the host's drivers may not have, by our doing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Given {
     /// Its name.
     pub id: DeviceId,
-    /// To whom.
-    pub vm: VmName,
+    /// To whom; none while no VM has it.
+    #[serde(default)]
+    pub vm: Option<VmName>,
+    /// We took its authorization.
+    #[serde(default)]
+    pub deauthorized: bool,
     /// Directory of the plug-in.
     pub syspath: PathBuf,
     /// Inode of that directory.
@@ -54,7 +59,7 @@ pub struct Record {
 
 impl Record {
     /// The file at `path`, and what a former run left in it. `boot_id` tells entries of an earlier boot.
-    pub fn open(path: &Path, boot_id: &str) -> (Self, BTreeMap<Plug, (DeviceId, VmName)>) {
+    pub fn open(path: &Path, boot_id: &str) -> (Self, BTreeMap<Plug, (DeviceId, Touched)>) {
         let given = match read(path) {
             Ok(content) if content.version == VERSION && content.boot_id == boot_id => content.given,
             Ok(_) => Vec::new(),
@@ -71,7 +76,12 @@ impl Record {
         };
         let recalled = given.iter().map(|one| {
             let plug = Plug { syspath: one.syspath.clone(), inode: one.inode, address: one.address };
-            (plug, (one.id, one.vm.clone()))
+            let touched = match (&one.vm, one.deauthorized) {
+                (Some(vm), _) => Touched::Given(vm.clone()),
+                (None, true) => Touched::Deauthorized,
+                (None, false) => Touched::Taken,
+            };
+            (plug, (one.id, touched))
         });
         let recalled = recalled.collect();
         let record = Self { path: path.to_owned(), boot_id: boot_id.to_owned(), written: given };
@@ -118,7 +128,8 @@ mod tests {
     fn given() -> Given {
         Given {
             id: DeviceId(7),
-            vm: "work".parse().unwrap(),
+            vm: Some("work".parse().unwrap()),
+            deauthorized: false,
             syspath: "/sys/devices/x/usb1/1-1".into(),
             inode: 99,
             address: BusAddress { bus: 1, device: 2 },
@@ -134,8 +145,21 @@ mod tests {
         assert!(recalled.is_empty());
         record.write(vec![given()]).unwrap();
         let (_, recalled) = Record::open(&path, "boot-1");
-        assert_eq!(recalled.into_values().collect::<Vec<_>>(), [(DeviceId(7), "work".parse().unwrap())]);
+        let work = Touched::Given("work".parse().unwrap());
+        assert_eq!(recalled.into_values().collect::<Vec<_>>(), [(DeviceId(7), work)]);
         assert!(Record::open(&path, "boot-2").1.is_empty());
+    }
+
+    #[test]
+    fn device_on_its_way_back_is_found_again() {
+        for (deauthorized, touched) in [(false, Touched::Taken), (true, Touched::Deauthorized)] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("given.json");
+            let (mut record, _) = Record::open(&path, "boot-1");
+            record.write(vec![Given { vm: None, deauthorized, ..given() }]).unwrap();
+            let (_, recalled) = Record::open(&path, "boot-1");
+            assert_eq!(recalled.into_values().collect::<Vec<_>>(), [(DeviceId(7), touched)]);
+        }
     }
 
     #[test]

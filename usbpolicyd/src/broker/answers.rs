@@ -72,7 +72,7 @@ impl Broker {
                 }
                 continue;
             }
-            let recalled = entry.recalled.clone();
+            let recalled = entry.recalled.as_ref().and_then(Touched::holder).cloned();
             if let Some(vm) = &recalled {
                 let awaited = self.awaited.contains(vm);
                 let machine = self.machine(vm);
@@ -82,7 +82,11 @@ impl Broker {
             }
             // A recalled device whose instance is known to be gone was closed by the kernel; its drivers are off.
             let lives = recalled.as_ref().is_some_and(|vm| self.machine(vm).link == Link::Unknown);
-            let custody = if recalled.is_some() { Custody::Ours } else { Custody::Host };
+            let custody = match &entry.recalled {
+                None => Custody::Host,
+                Some(Touched::Taken | Touched::Given(_)) => Custody::Ours,
+                Some(Touched::Deauthorized) => Custody::Deauthorized,
+            };
             let place = match recalled {
                 Some(vm) if lives => Place::Held { vm, guest_port: 0, since: Duration::ZERO },
                 _ => Place::Free,
@@ -280,6 +284,26 @@ impl Broker {
 }
 
 impl Device {
+    /// What the next run of this daemon has to know of it. The drivers may be off as soon as preparing started, and
+    /// may be back as late as giving back ended.
+    pub(super) fn touched(&self) -> Option<Touched> {
+        match (&self.place, self.custody) {
+            (Place::Free, Custody::Host) => None,
+            (Place::Free | Place::Preparing { .. } | Place::Returning { .. }, Custody::Deauthorized) => {
+                Some(Touched::Deauthorized)
+            }
+            (Place::Returning { how: OnRelease::Deauthorize }, _) => Some(Touched::Deauthorized),
+            (Place::Free | Place::Preparing { .. } | Place::Returning { .. }, _) => Some(Touched::Taken),
+            (
+                Place::Offered { vm, .. }
+                | Place::Held { vm, .. }
+                | Place::Leaving { vm, .. }
+                | Place::Stuck { vm },
+                _,
+            ) => Some(Touched::Given(vm.clone())),
+        }
+    }
+
     /// No VM has it any more; the host's drivers are still off.
     pub(super) fn free(&mut self) {
         self.place = Place::Free;

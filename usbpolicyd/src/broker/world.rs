@@ -67,7 +67,9 @@ pub(super) struct World {
     /// The daemon's names of plug-ins.
     names: BTreeMap<DeviceId, usize>,
     /// What outlives the daemon: who may have which plug-in, under which name.
-    record: BTreeMap<DeviceId, (usize, VmName)>,
+    record: BTreeMap<DeviceId, (usize, Touched)>,
+    /// Plug-ins without the host's drivers.
+    bare: BTreeSet<usize>,
     /// Whether the daemon has read sysfs in this life; before that it leaves the record alone.
     has_read: bool,
     /// Files the daemon keeps between `Prepare` and `Send`.
@@ -108,6 +110,7 @@ impl World {
             instances: vec![Instance::default(); vms],
             names: BTreeMap::new(),
             record: BTreeMap::new(),
+            bare: BTreeSet::new(),
             has_read: false,
             kept: BTreeSet::new(),
             jobs: VecDeque::new(),
@@ -129,6 +132,7 @@ impl World {
             world.sockets[plug] = Socket { plugged: found.plugged.then_some(plug), want: found.want };
             let holder = found.holder.filter(|at| alive[*at]);
             if let Some(at) = holder {
+                world.bare.insert(plug);
                 world.instances[at].holds.insert(id, plug);
             }
             let recorded = match (found.recorded, holder) {
@@ -136,7 +140,8 @@ impl World {
                 (recorded, _) => recorded,
             };
             if let Some(at) = recorded {
-                world.record.insert(id, (plug, vm(at)));
+                world.bare.insert(plug);
+                world.record.insert(id, (plug, Touched::Given(vm(at))));
             }
         }
         world.next_plug = sockets.len();
@@ -146,9 +151,9 @@ impl World {
     /// Equal for worlds in which the same can happen from now on.
     pub(super) fn fingerprint(&self) -> u64 {
         use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-        let Self { broker, now, sockets, instances, names, record, has_read, kept, jobs, .. } = self;
+        let Self { broker, now, sockets, instances, names, record, bare, has_read, kept, jobs, .. } = self;
         let mut hasher = DefaultHasher::new();
-        format!("{:?}", (broker, now, sockets, instances, names, record, has_read, kept, jobs))
+        format!("{:?}", (broker, now, sockets, instances, names, record, bare, has_read, kept, jobs))
             .hash(&mut hasher);
         hasher.finish()
     }
@@ -237,7 +242,7 @@ impl World {
                 on_release: OnRelease::Host,
                 quota: None,
                 authorized: true,
-                recalled: recorded.map(|(_, (_, vm))| vm.clone()),
+                recalled: recorded.map(|(_, (_, touched))| touched.clone()),
             });
         }
         entries
@@ -306,15 +311,27 @@ impl World {
         match job {
             None => {
                 if result.is_ok() {
+                    self.bare.insert(self.names[&id]);
                     self.kept.insert(id);
                 }
                 self.step(Input::Prepared(id, result));
             }
-            Some(_) => self.step(Input::Returned(id, result)),
+            Some(_) => {
+                if result.is_ok() {
+                    self.bare.remove(&self.names[&id]);
+                }
+                self.step(Input::Returned(id, result));
+            }
         }
     }
 
     fn daemon_dies(&mut self) {
+        // The worst moment of each job: drivers just off, or not yet back.
+        for (id, job) in &self.jobs {
+            if job.is_none() {
+                self.bare.extend(self.names.get(id));
+            }
+        }
         self.broker = Broker::default();
         self.names.clear();
         self.kept.clear();
@@ -337,9 +354,8 @@ impl World {
         let effects = self.broker.step(self.now, input);
         // The record is on disk before anything is sent.
         if self.has_read {
-            let given = self.broker.holders();
-            self.record =
-                given.filter_map(|(id, vm)| Some((id, (*self.names.get(&id)?, vm.clone())))).collect();
+            let touched = self.broker.touched();
+            self.record = touched.filter_map(|(id, how)| Some((id, (*self.names.get(&id)?, how)))).collect();
         }
         for effect in effects {
             self.perform(effect);
@@ -432,6 +448,11 @@ impl World {
     /// After [`Self::calm_down`]: everything is where it should be, and one more reading changes nothing.
     pub(super) fn assert_settled(&mut self) {
         for (index, socket) in self.sockets.iter().enumerate() {
+            if let Some(plug) = socket.plugged
+                && self.holder(index).is_none()
+            {
+                assert!(!self.bare.contains(&plug), "nobody has it, and no driver: {self:#?}");
+            }
             let Some(at) = socket.want.filter(|_| socket.plugged.is_some()) else {
                 assert_eq!(self.holder(index), None, "{self:#?}");
                 continue;

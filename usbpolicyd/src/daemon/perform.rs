@@ -8,7 +8,7 @@ use common::wire::{Attach, ResetPolicy, ToInstance};
 use super::refresh::subject;
 use super::{Daemon, Gift, now};
 use crate::audit::{Kind, Note};
-use crate::broker::{Effect, Event, Failure, Input, LinkId, OnRelease};
+use crate::broker::{Effect, Event, Failure, Input, LinkId, OnRelease, Touched};
 use crate::jobs::{Done, Job};
 use crate::policy::schema::{self, Reset};
 use crate::record::Given;
@@ -58,11 +58,12 @@ impl Daemon {
             // The books are empty, but not what the last run gave away: written now, a second crash would forget it.
             return Ok(());
         }
-        let given = self.broker.holders().filter_map(|(id, vm)| {
+        let given = self.broker.touched().filter_map(|(id, touched)| {
             let plug = &self.inventory.get(id)?.present.plug;
             Some(Given {
                 id,
-                vm: vm.clone(),
+                vm: touched.holder().cloned(),
+                deauthorized: touched == Touched::Deauthorized,
                 syspath: plug.syspath.clone(),
                 inode: plug.inode,
                 address: plug.address,

@@ -8,7 +8,7 @@ use common::ids::DeviceId;
 
 use super::{Circumstances, Daemon, Mode, SAFETY_INTERVAL, now};
 use crate::audit::{Kind, Note, Subject};
-use crate::broker::Input;
+use crate::broker::{Input, Touched};
 use crate::inventory::Item;
 use crate::policy::compile::compile;
 use crate::policy::decide::{Context, Verdict};
@@ -86,7 +86,8 @@ impl Daemon {
         if self.written.is_none() || self.mode != Mode::Normal {
             // Without a policy, or told to keep still: whoever has a device keeps it.
             for entry in &mut entries {
-                entry.want = holders.get(&entry.id).cloned().or(entry.recalled.clone());
+                let recalled = entry.recalled.as_ref().and_then(Touched::holder);
+                entry.want = holders.get(&entry.id).or(recalled).cloned();
             }
         }
         for id in changed {
