@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use vm_tests::clients::numbers::NETWORK_PORT;
 use vm_tests::scenarios::Client;
 use vm_tests::smart_card::{self, SmartCard};
 use vm_tests::virtual_devices::{UsbIpDevice, plug_gadget};
 use vm_tests::{
-    Extra, Guest, Host, HostConfig, Plugged, UsbDevice, Usbpolicyd, Usbvfiod, devices, on_each_client,
-    progress, scenario,
+    Controller, Ended, Extra, Guest, Host, HostConfig, Mark, Plugged, Process, UsbDevice, Usbpolicyd,
+    Usbvfiod, devices, on_each_client, progress, scenario,
 };
 
 /// Everything in this file goes to vm1.
@@ -19,7 +20,7 @@ schema = 1
 [vms.vm1]
 [[assign]]
 vm = "vm1"
-match = { id = ["46f4:*", "1209:*", "1d6b:0105", "1d6b:0106", "08e6:4433"] }
+match = { id = ["46f4:*", "1209:*", "1d6b:0105", "1d6b:0106", "08e6:4433", "0627:0001"] }
 "#;
 
 /// What moves megabytes through two emulated processors on a busy machine.
@@ -29,13 +30,13 @@ const MOVED_WITHIN: Duration = Duration::from_secs(600);
 const DONE_WITHIN: Duration = Duration::from_secs(120);
 
 on_each_client!(
-    stick_keeps_files_on_ext4,
-    serial_line_echoes_and_network_answers,
-    key_card_and_phone_with_sleeping_hubs,
+    disks_bulk_only_and_uas_with_and_without_streams,
+    serial_line_echoes_and_network_carries_100_mb,
+    key_speaker_card_phone_and_sleeping_keyboard,
 );
 
-fn stick_keeps_files_on_ext4(client: Client) -> Result<()> {
-    let config = HostConfig::default().extras(&[Extra::Ext4]);
+fn disks_bulk_only_and_uas_with_and_without_streams(client: Client) -> Result<()> {
+    let config = HostConfig::with(&[Controller::Xhci, Controller::Ehci]).extras(&[Extra::Ext4]);
     scenario(&config, |host| {
         let _policy = Usbpolicyd::start(host, POLICY)?;
         let controller = Usbvfiod::start(host, "vm1")?;
@@ -43,10 +44,35 @@ fn stick_keeps_files_on_ext4(client: Client) -> Result<()> {
 
         let stick = host.plug(UsbDevice::stick("stick1").size_mib(32).port("1"))?;
         let disk = Disk::wait(&guest, "46f4:0001")?;
-        disk.check("usb-storage", "5000")?;
+        disk.check("usb-storage", "5000", false)?;
         disk.keep_files_on_ext4()?;
         disk.compare_with(&stick)?;
 
+        let uas = host.plug(UsbDevice::uas("disk1").port("2"))?;
+        let disk = Disk::wait(&guest, "46f4:0003")?;
+        disk.check("uas", "5000", true)?;
+        guest_reads(&disk, &uas)?;
+        disk.write_in_parallel()?;
+        disk.compare_with(&uas)?;
+        host.unplug(&uas)?;
+        guest.wait_path(&format!("!{}", disk.place), DONE_WITHIN)?;
+
+        // USB 2 has no streams: UAS works without, one command at a time on the status pipe.
+        let uas = host.plug(UsbDevice::uas("disk2").on(Controller::Ehci).port("1"))?;
+        let disk = Disk::wait(&guest, "46f4:0003")?;
+        disk.check("uas", "480", false)?;
+        guest_reads(&disk, &uas)?;
+        disk.write_in_parallel()?;
+        disk.compare_with(&uas)?;
+
+        // SuperSpeed without streams on the host: UAS is hidden, and the disk works as bulk-only.
+        let scripted = UsbIpDevice::plug(host, "disk", &["--speed", "super"])?;
+        let disk = Disk::wait(&guest, "1209:0004")?;
+        disk.check("usb-storage", "5000", false)?;
+        disk.write_in_parallel()?;
+        let seen = scripted.statistics()?;
+        progress(&format!("scripted disk: {seen}"));
+        ensure!(seen["device"]["model"]["is_uas"] == false, "{seen}");
         controller.stop()
     })
 }
@@ -74,11 +100,18 @@ impl<'a> Disk<'a> {
         Ok(Self { guest, place, node })
     }
 
-    /// Which driver has it, and how fast it runs (megabits).
-    fn check(&self, driver: &str, speed: &str) -> Result<()> {
+    /// Which driver has it, how fast it runs (megabits), and whether the guest's controller has streams set up for it.
+    fn check(&self, driver: &str, speed: &str, has_streams: bool) -> Result<()> {
         let Self { guest, place, .. } = self;
         let is = guest.run(&format!("basename $(readlink {place}/*:1.0/driver); cat {place}/speed"))?;
         ensure!(is.lines().eq([driver, speed]), "driver and speed are {is}");
+        // One file for each endpoint with streams; devices that are gone have none.
+        let streams = guest
+            .run("find /sys/kernel/debug/usb/xhci -name stream_id | wc -l")?
+            .parse::<u32>()
+            .context("number of endpoints with streams")?;
+        ensure!((streams > 0) == has_streams, "{streams} endpoints have streams");
+        progress(&format!("{driver} at {speed} Mbit/s, {streams} endpoints with streams"));
         Ok(())
     }
 
@@ -100,6 +133,22 @@ impl<'a> Disk<'a> {
         Ok(())
     }
 
+    /// Four writers at once, each with a mebibyte of its own, and four readers at once that compare.
+    fn write_in_parallel(&self) -> Result<()> {
+        let script = format!(
+            "for n in 0 1 2 3; do dd if=/dev/urandom of=/part$n bs=64k count=16 2>/dev/null || exit 1; done; \
+             all() {{ for n in 0 1 2 3; do $1 $n & jobs=\"$jobs $!\"; done; \
+                      for job in $jobs; do wait $job || exit 2; done; jobs=; }}; \
+             put() {{ dd if=/part$1 of={node} bs=64k seek=$((64 * $1)) conv=fsync 2>/dev/null; }}; \
+             get() {{ dd if={node} bs=64k skip=$((64 * $1)) count=16 iflag=direct 2>/dev/null | cmp - /part$1; }}; \
+             all put; echo 3 > /proc/sys/vm/drop_caches; all get; rm /part*",
+            node = self.node
+        );
+        self.guest.run_within(&script, MOVED_WITHIN)?;
+        progress("four writers and four readers at once agree");
+        Ok(())
+    }
+
     /// What the guest reads is what lies in the medium, on the other side of everything.
     fn compare_with(&self, plugged: &Plugged) -> Result<()> {
         let medium = plugged.medium.as_ref().context("a disk has a medium")?;
@@ -108,6 +157,13 @@ impl<'a> Disk<'a> {
         ensure!(read != medium.sha256, "the guest's writes have not reached the medium");
         Ok(())
     }
+}
+
+/// The guest reads what the disk was made with.
+fn guest_reads(disk: &Disk<'_>, plugged: &Plugged) -> Result<()> {
+    let read = disk.guest.sha256_of(&disk.node, plugged.size_bytes())?;
+    ensure!(read == plugged.sha256(), "the guest reads {read}, the disk is {}", plugged.sha256());
+    Ok(())
 }
 
 /// The device with this `vendor:product` in the guest's sysfs, as soon as it is configured.
@@ -121,7 +177,7 @@ fn place_of(guest: &Guest, id: &str) -> Result<String> {
     guest.run_within(&script, DONE_WITHIN).with_context(|| format!("the guest does not see {id}"))
 }
 
-fn serial_line_echoes_and_network_answers(client: Client) -> Result<()> {
+fn serial_line_echoes_and_network_carries_100_mb(client: Client) -> Result<()> {
     let config = HostConfig::default().extras(&[Extra::Program("usb-client")]);
     scenario(&config, |host| {
         let _policy = Usbpolicyd::start(host, POLICY)?;
@@ -171,6 +227,19 @@ fn network(host: &Host, guest: &Guest) -> Result<()> {
     ensure!(pings.contains(" 0% packet loss"), "{pings}");
     progress(&format!("ping: {pings}"));
 
+    let address = format!("10.77.0.1:{NETWORK_PORT}");
+    for (here, there, bytes) in [("send", "receive", 100_000_000_u64), ("receive", "send", 20_000_000)] {
+        let amount = |word: &str| if word == "send" { format!(" --bytes {bytes}") } else { String::new() };
+        let server = format!("usb-client {here} {address} --listen{}", amount(here));
+        let server = host.spawn(&["sh", "-c", &server])?;
+        server.log().wait("listening", DONE_WITHIN)?;
+        let of_guest = report(guest, &format!("{there} {address}{}", amount(there)))?;
+        let of_host = end_of(&server)?;
+        progress(&format!("network: host {here}s {of_host}, guest {there}s {of_guest}"));
+        for moved in [&of_host, &of_guest] {
+            ensure!(moved["bytes"] == bytes && moved["wrong"] == 0, "{moved}");
+        }
+    }
     Ok(())
 }
 
@@ -178,6 +247,15 @@ fn network(host: &Host, guest: &Guest) -> Result<()> {
 fn report(guest: &Guest, arguments: &str) -> Result<Value> {
     let text = guest.run_within(&format!("usb-client {arguments}"), MOVED_WITHIN)?;
     serde_json::from_str(&text).with_context(|| text)
+}
+
+/// The last line of a program that ends well.
+fn end_of(process: &Process) -> Result<Value> {
+    let ended = process.wait(DONE_WITHIN)?;
+    let text = String::from_utf8_lossy(&process.take_stdout()).into_owned();
+    ensure!(ended == Ended::Status(0), "{ended:?}: {}", process.log().tail(10));
+    let last = text.lines().last().context("no output")?;
+    serde_json::from_str(last).with_context(|| text.clone())
 }
 
 /// Lets a device be suspended, as a desktop's rules do, and waits until it is.
@@ -191,12 +269,13 @@ fn fall_asleep(guest: &Guest, place: &str) -> Result<()> {
     Ok(())
 }
 
-fn key_card_and_phone_with_sleeping_hubs(client: Client) -> Result<()> {
-    let config = HostConfig::default().extras(&[Extra::Program("usb-client")]);
+fn key_speaker_card_phone_and_sleeping_keyboard(client: Client) -> Result<()> {
+    let config = HostConfig::default().extras(&[Extra::Player, Extra::Program("usb-client")]);
     scenario(&config, |host| {
         let _policy = Usbpolicyd::start(host, POLICY)?;
         let controller = Usbvfiod::start(host, "vm1")?;
         let guest = Guest::start(host, &client.guest("vm1"))?;
+        guest.run("modprobe snd_usb_audio")?;
         // Nothing is plugged in: the guest's hubs sleep, by its defaults, and every plug below wakes one.
         guest.run_within(
             "until [ $(cat /sys/bus/usb/devices/usb?/power/runtime_status | grep -cx suspended) = 2 ]; \
@@ -207,6 +286,7 @@ fn key_card_and_phone_with_sleeping_hubs(client: Client) -> Result<()> {
 
         let card = SmartCard::new()?;
         let key = UsbIpDevice::plug(host, "security-key", &["--speed", "full"])?;
+        let speaker = UsbIpDevice::plug(host, "speaker", &["--speed", "full"])?;
         host.plug(UsbDevice::card_reader("reader1", &card.socket()).port("3"))?;
         let phone = host.plug(UsbDevice::phone("phone1", (3 << 20) + 17).port("4"))?;
 
@@ -235,6 +315,47 @@ fn key_card_and_phone_with_sleeping_hubs(client: Client) -> Result<()> {
         progress(&format!("phone: {files}"));
         ensure!(files["files"]["phone1.bin"] == phone.sha256(), "the file is {}", phone.sha256());
 
+        play(&guest, &speaker)?;
+        type_on_a_sleeping_keyboard(host, &guest)?;
         controller.stop()
     })
+}
+
+/// One second at 48 kHz. All of it and the silence behind it fits the buffer of the guest's driver: ALSA gives up (EIO) when
+/// a buffer takes more than 1.1 times as long as it should, and emulated processors on a busy machine do take longer.
+const SAMPLE_PAIRS: u32 = 48_000;
+
+fn play(guest: &Guest, speaker: &UsbIpDevice) -> Result<()> {
+    place_of(guest, "1209:0005")?;
+    guest.wait_path("/dev/snd/pcmC0D0p", DONE_WITHIN)?;
+    let script = format!(
+        "usb-client samples --count {SAMPLE_PAIRS} > /tmp/samples; \
+         aplay -q -D hw:0,0 -t raw -f S16_LE -c 2 -r 48000 --period-time=100000 --buffer-time=5000000 /tmp/samples"
+    );
+    let played = guest.remote().try_run(&script, DONE_WITHIN)?;
+    let seen = speaker.statistics()?;
+    let heard = &seen["device"]["model"];
+    progress(&format!("speaker: {seen}"));
+    ensure!(played.status == 0, "{}", played.transcript);
+    ensure!(heard["last"] == SAMPLE_PAIRS, "the end was not heard: {heard}");
+    for fault in ["missing", "disordered", "torn"] {
+        ensure!(heard[fault] == 0, "{fault}: {heard}");
+    }
+    Ok(())
+}
+
+fn type_on_a_sleeping_keyboard(host: &Host, guest: &Guest) -> Result<()> {
+    host.plug(UsbDevice::keyboard("keyboard1").port("5"))?;
+    let place = place_of(guest, "0627:0001")?;
+    guest.wait_line("input: *Keyboard as /", DONE_WITHIN)?;
+    fall_asleep(guest, &place)?;
+    // Opening it wakes it up.
+    let keys = guest.read_keys(Mark::START, 3)?;
+    guest.run(&format!("echo on > {place}/power/control; grep -qx active {place}/power/runtime_status"))?;
+    host.press(&["a", "b", "ret"])?;
+    let expected = [(30, 1), (30, 0), (48, 1), (48, 0), (28, 1), (28, 0)];
+    let typed = keys.finish(DONE_WITHIN)?;
+    ensure!(typed == expected, "typed {typed:?}");
+    progress("a keyboard that had been suspended types");
+    Ok(())
 }
