@@ -7,7 +7,6 @@ use vm_tests::play::SHORT;
 use vm_tests::{HostConfig, Mark, Plugged, UsbDevice, scenario};
 
 #[test]
-#[ignore = "T4e waits in vain for the stick after T4 on a busy machine: mend the order of pull and plug first"]
 fn the_kernel_behaves_as_the_sheet_of_facts_says() -> Result<()> {
     scenario(&HostConfig::default(), |host| {
         let probes = host.spawn(&["kernel-probes"])?;
