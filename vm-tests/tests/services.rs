@@ -226,6 +226,8 @@ fn a_confined_file_survives_resets_and_its_port_stays_claimed(
          grep '\"confined\":true' /run/usbpolicyd/given.json",
     )?;
     guest.check_content(stick)?;
+    the_claims_outlive_a_crash(systemd, guest)?;
+    guest.check_content(stick)?;
     progress("the rule that claims the port goes; the guest resets the stick");
     reload(POLICY)?;
     systemd.run(&format!("sleep 1; {claimed}"))?;
@@ -233,6 +235,31 @@ fn a_confined_file_survives_resets_and_its_port_stays_claimed(
     guest.check_content(stick)?;
     let log = systemd.run("usbpolicyctl log")?;
     ensure!(!log.contains("let go by usbvfiod"), "{log}");
+    Ok(())
+}
+
+/// The files of the hubs stay with systemd, and their claims with them. A claim that is not taken over shows: nobody
+/// else can claim the port then, so the next usbpolicyd would have none.
+fn the_claims_outlive_a_crash(systemd: &Systemd<'_>, guest: &Guest) -> Result<()> {
+    progress(
+        "killing usbpolicyd; it takes over the claimed ports that systemd keeps, and the guest notices nothing",
+    );
+    let since = guest.here();
+    systemd.run(
+        "kept() { systemctl show --property NFileDescriptorStore --value usbpolicyd; }\n\
+         before=$(kept); test \"$before\" -ge 2\n\
+         claimed() { usbpolicyctl status | grep -A4 claimed_ports | grep -o 'usb[0-9]*-port[0-9]*' | sort; }\n\
+         claimed > /root/before; test -s /root/before\n\
+         systemctl kill --signal KILL usbpolicyd\n\
+         until usbpolicyctl list | grep -q 'with vm1'; do sleep 0.5; done\n\
+         until claimed > /root/after; cmp /root/before /root/after; do sleep 0.5; done\n\
+         test \"$(kept)\" = \"$before\"\n\
+         usbpolicyctl log | grep adopted\n\
+         grep '\"confined\":true' /run/usbpolicyd/given.json\n\
+         ! journalctl --no-pager --unit usbpolicyd | grep 'cannot take over'",
+    )?;
+    let gone = guest.kernel_log().all_after(since, "USB disconnect");
+    ensure!(gone.is_empty(), "the guest lost its stick: {gone:?}");
     Ok(())
 }
 
