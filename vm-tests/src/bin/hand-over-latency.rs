@@ -1,6 +1,6 @@
 //! `hand-over-latency ROUNDS VM`: how long usbpolicyd takes from an event to the file in the hands of a VM's instance. It
 //! plugs a keyboard gadget again and again, hears what kernel and udev say of it, and is the instance itself. Prints one
-//! JSON object: medians and the longest, in milliseconds.
+//! JSON object: the times of all rounds, in milliseconds.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -46,6 +46,8 @@ struct Ear {
 #[derive(Clone, Copy, Default)]
 struct Moments {
     kernel: Option<Instant>,
+    /// The kernel has configured it and its drivers had their look; until then whoever opens it waits.
+    bound: Option<Instant>,
     udev: Option<Instant>,
     file: Option<Instant>,
 }
@@ -63,15 +65,17 @@ fn main() -> Result<()> {
         moments: Moments::default(),
     };
     gadget::up(NAME, &[Function::Keyboard], Speed::High)?;
-    let (mut of_udev, mut ours) = (Vec::new(), Vec::new());
+    let (mut of_kernel, mut of_udev, mut ours) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..=rounds {
         ear.turn_until(WITHIN, |ear| ear.held.is_some())?;
-        let Moments { kernel, udev, file } = std::mem::take(&mut ear.moments);
+        let Moments { kernel, bound, udev, file } = std::mem::take(&mut ear.moments);
         // The first one has the start of everything in it.
         if round > 0 {
             let (kernel, udev) = (kernel.context("no word of the kernel")?, udev.context("no word of udev")?);
-            of_udev.push(udev.saturating_duration_since(kernel));
-            ours.push(file.context("no file")?.saturating_duration_since(udev));
+            let bound = bound.context("no bind")?;
+            of_kernel.push(ms(bound.saturating_duration_since(kernel)));
+            of_udev.push(ms(udev.saturating_duration_since(kernel)));
+            ours.push(ms(file.context("no file")?.saturating_duration_since(udev.max(bound))));
         }
         gadget::unplug(NAME)?;
         ear.turn_until(WITHIN, |ear| ear.held.is_none())?;
@@ -83,13 +87,13 @@ fn main() -> Result<()> {
         }
     }
     gadget::down(NAME)?;
-    println!("{}", json!({ "udev": summary(of_udev), "usbpolicyd": summary(ours) }));
+    println!("{}", json!({ "kernel": of_kernel, "udev": of_udev, "usbpolicyd": ours }));
     Ok(())
 }
 
-/// Whether an event is the first of a USB device.
-fn is_plug(event: &[u8]) -> bool {
-    uevents::value(event, "ACTION") == Some("add") && uevents::value(event, "DEVTYPE") == Some("usb_device")
+/// Whether an event is this one of a USB device.
+fn is_word(event: &[u8], action: &str) -> bool {
+    uevents::value(event, "ACTION") == Some(action) && uevents::value(event, "DEVTYPE") == Some("usb_device")
 }
 
 impl Ear {
@@ -119,12 +123,15 @@ impl Ear {
             self.send(&FromInstance::Gone { id, text: "unplugged".to_owned() })?;
         }
         while let Some(event) = self.kernel.take()? {
-            if is_plug(&event) {
+            if is_word(&event, "add") {
                 self.moments.kernel.get_or_insert(now);
+            }
+            if is_word(&event, "bind") {
+                self.moments.bound.get_or_insert(now);
             }
         }
         while let Some(event) = self.udev.take()? {
-            if is_plug(&event) {
+            if is_word(&event, "add") {
                 self.moments.udev.get_or_insert(now);
             }
         }
@@ -170,9 +177,6 @@ impl Ear {
     }
 }
 
-/// Median and longest, in milliseconds.
-fn summary(mut times: Vec<Duration>) -> serde_json::Value {
-    times.sort();
-    let ms = |at: usize| times.get(at).map_or(0.0, |time| time.as_secs_f64() * 1e3);
-    json!({ "median": ms(times.len() / 2), "longest": ms(times.len().saturating_sub(1)) })
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
 }

@@ -24,6 +24,9 @@ const DISK_TRIES: u32 = 150;
 /// The same on a busy machine.
 const DISK_WITHIN: Duration = Duration::from_secs(180);
 
+/// The VM that `hand-over-latency` is.
+pub(crate) const LATENCY: &str = "latency";
+
 /// Functions of the guest's driver.
 const DOORBELL: &str = "xhci_ring_ep_doorbell";
 const INTERRUPT: &str = "xhci_irq";
@@ -145,6 +148,7 @@ pub(crate) fn policy() -> String {
             policy += &format!("[[assign]]\nvm = \"{vm}\"\nmatch = {{ {matching} }}\n");
         }
     }
+    policy += &format!("[vms.{LATENCY}]\n[[assign]]\nvm = \"{LATENCY}\"\nmatch = {{ id = \"1d6b:0108\" }}\n");
     policy
 }
 

@@ -28,6 +28,8 @@ const SEEN_WITHIN: Duration = Duration::from_secs(60);
 const SETTLE_SECONDS: u32 = 3;
 /// Time in which wake-ups are counted.
 const IDLE_SECONDS: u32 = 10;
+/// Hand-overs in one round.
+const HANDOVERS: u32 = 4;
 /// Bytes there and back in one run.
 const ECHOES: u32 = 50;
 
@@ -43,7 +45,7 @@ struct Arguments {
     /// Only these, by parts of their names.
     #[arg(long)]
     only: Vec<String>,
-    /// Only these parts: stick, uas, keyboard, serial.
+    /// Only these parts: hand-over, stick, uas, keyboard, serial.
     #[arg(long)]
     part: Vec<String>,
     /// Also count the system calls of the USB processes, in runs of their own.
@@ -108,6 +110,12 @@ impl<'h> Bench<'h> {
         )?;
         let vhci_bus = vhci_bus.trim().parse().context("bus of vhci_hcd")?;
         let _policy = Usbpolicyd::start(host, &contender::policy())?;
+        if self.arguments.has_part("hand-over") {
+            self.hand_overs()?;
+        }
+        if !["stick", "uas", "serial", "keyboard"].iter().any(|part| self.arguments.has_part(part)) {
+            return Ok(());
+        }
         for way in Way::available() {
             if !self.arguments.wants(way) {
                 continue;
@@ -199,6 +207,22 @@ impl<'h> Bench<'h> {
             table.add(Quantity::Pull, contender.name(), clock.ms_until(lost, seen, guest_clock)?);
             Ok(())
         });
+    }
+
+    /// A keyboard that is plugged and pulled again and again: what udev takes for it, and what usbpolicyd takes.
+    fn hand_overs(&mut self) -> Result<()> {
+        progress("hand-overs");
+        let rounds = self.arguments.rounds.saturating_mul(HANDOVERS);
+        let command = format!("hand-over-latency {rounds} {}", contender::LATENCY);
+        let said: Value = serde_json::from_str(&self.host.remote().run_within(&command, WITHIN)?)?;
+        for (name, quantity) in
+            [("kernel", Quantity::Probe), ("udev", Quantity::UdevEvent), ("usbpolicyd", Quantity::File)]
+        {
+            for ms in said[name].as_array().context("no times")? {
+                self.table.add(quantity, "usbpolicyd", ms.as_f64().context("no number")?);
+            }
+        }
+        Ok(())
     }
 
     fn sticks(&mut self) -> Result<()> {

@@ -19,13 +19,16 @@ pub(crate) enum Quantity {
     CpuWrite,
     Resident,
     IdleWakeUps,
+    Probe,
+    UdevEvent,
+    File,
     Handover,
     Plug,
     Pull,
 }
 
 impl Quantity {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 15] = [
         Self::SequentialRead,
         Self::SequentialWrite,
         Self::RandomRead,
@@ -35,6 +38,9 @@ impl Quantity {
         Self::CpuWrite,
         Self::Resident,
         Self::IdleWakeUps,
+        Self::Probe,
+        Self::UdevEvent,
+        Self::File,
         Self::Handover,
         Self::Plug,
         Self::Pull,
@@ -51,6 +57,9 @@ impl Quantity {
             Self::CpuWrite => "processor time of the USB process while writing (s/GB)",
             Self::Resident => "memory of the USB process, without guest memory (MiB)",
             Self::IdleWakeUps => "wake-ups of the USB process in 10 s, keyboard attached and idle",
+            Self::Probe => "hand-over of a keyboard: the kernel's first event → its drivers are done (ms)",
+            Self::UdevEvent => "hand-over of a keyboard: the kernel's event → udev's (ms)",
+            Self::File => "hand-over of a keyboard: both are done → its file at the instance (ms)",
             Self::Handover => "host has the device → usbvfiod has it, by udev and usbpolicyd (ms)",
             Self::Plug => "host has the device → port change in the guest (ms)",
             Self::Pull => "host has lost the device → disconnect in the guest (ms)",
