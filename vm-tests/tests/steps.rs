@@ -147,7 +147,6 @@ fn pull_at_each_step(host: &Host, daemon: &Usbpolicyd, tablet: &Plugged) -> Resu
 }
 
 #[test]
-#[ignore = "finds a fault: usbpolicyd killed between `detached` and `released` leaves the device without a driver"]
 fn killed_and_pulled_at_each_step_while_a_guest_works() -> Result<()> {
     scenario(&HostConfig::default(), |host| {
         let steady = host.plug(UsbDevice::stick("steady").port("1").size_mib(2))?;
