@@ -183,10 +183,20 @@ fn what_the_host_needs_stays_until_it_is_free_and_orders_go_over_rules() -> Resu
         work.log().wait_after(mark, "holding *", SHORT)?;
 
         // Plug something in and get its rule; see what is to be done on this host; look without the daemon.
+        let watch = host.spawn(&["usbpolicyctl", "watch", "--json"])?;
         let learn = host.spawn(&["usbpolicyctl", "learn", "--vm", "work"])?;
         learn.log().wait("plug the device in now*", SHORT)?;
         host.plug(UsbDevice::keyboard("keys").port("5"))?;
         learn.log().wait("vm = \"work\"", SHORT)?;
+        watch.log().wait("*\"event\":\"plugged\"*\"ids\":\"0627:0001\"*", SHORT)?;
+        // A snapshot for a bug report: good for trying the policy elsewhere, and without serial numbers.
+        let serial = host.run(&format!("cat /sys/bus/usb/devices/{name}/serial"))?;
+        let tried = host.run(&format!(
+            "usbpolicyctl snapshot --redact > /tmp/snapshot.json && cat /tmp/snapshot.json && \
+             usbpolicyctl explain {name} --devices /tmp/snapshot.json --no-daemon"
+        ))?;
+        ensure!(tried.contains("serial-1") && !tried.contains(&serial), "{tried}");
+        ensure!(tried.contains("sticks"), "{tried}");
         let doctor = host.remote().try_run("usbpolicyctl doctor", SHORT)?;
         println!("{}", doctor.transcript);
         ensure!(doctor.status == 1 && doctor.transcript.contains("usbfs_memory_mb"), "{}", doctor.transcript);
