@@ -4,6 +4,10 @@
 //! and the event that made it vanish brings the next reading. All other oddities (text that is no UTF-8, files of
 //! any size, links to nowhere) cost at most the fact that they stand for.
 //!
+//! `bConfigurationValue` and the strings wait for the lock of their device (`drivers/usb/core/sysfs.c`), which a device
+//! holds that hangs in a request of its VM, for 5 s and again and again. So the first is not read, and the strings, which
+//! stay what they are as long as the device is plugged in, are read once.
+//!
 //! This module opens no device node and writes nothing.
 
 pub mod descriptors;
@@ -112,6 +116,12 @@ impl Sysfs {
 
     /// Reads everything. Fails only when `/sys/bus/usb/devices` itself cannot be listed.
     pub fn scan(&self) -> io::Result<Scan> {
+        self.scan_again(|_| None)
+    }
+
+    /// The same, but takes over from what is `known` of a plug-in what cannot have changed, and does not wait for a device
+    /// that is known.
+    pub fn scan_again<'a>(&self, known: impl Fn(&Plug) -> Option<&'a DeviceFacts>) -> io::Result<Scan> {
         let top = self.root.join("bus/usb/devices");
         let mut names: Vec<String> = fs::read_dir(&top)?
             .take(ENTRIES_MAX)
@@ -128,7 +138,11 @@ impl Sysfs {
             self.read_ports(&top.join(name), &mut scan);
         }
         for name in names.iter().filter(|name| !name.contains(':') && !name.starts_with("usb")) {
-            scan.devices.extend(read_device(&top, name, &scan.topology));
+            // Of the interfaces `NAME:CONFIGURATION.NUMBER`, which only the active configuration has.
+            let configuration = names.iter().find_map(|interface| {
+                interface.strip_prefix(name.as_str())?.strip_prefix(':')?.split_once('.')?.0.parse().ok()
+            });
+            scan.devices.extend(read_device(&top, name, configuration, &scan.topology, &known));
         }
         scan.devices.sort_by(|left, right| left.plug.cmp(&right.plug));
         Ok(scan)
@@ -194,7 +208,13 @@ fn read_root_hub(link: &Path) -> Option<(u32, RootHub)> {
     Some((bus, RootHub { controller, half }))
 }
 
-fn read_device(top: &Path, name: &str, topology: &Topology) -> Option<Present> {
+fn read_device<'a>(
+    top: &Path,
+    name: &str,
+    active_configuration: Option<u8>,
+    topology: &Topology,
+    known: impl Fn(&Plug) -> Option<&'a DeviceFacts>,
+) -> Option<Present> {
     let kernel_name: KernelName = name.parse().ok()?;
     let directory = fs::canonicalize(top.join(name)).ok()?;
     let before = fs::metadata(&directory).ok()?.ino();
@@ -213,9 +233,15 @@ fn read_device(top: &Path, name: &str, topology: &Topology) -> Option<Present> {
     }
     let node = text(&directory, "dev")?;
     let (major, minor) = node.trim().split_once(':')?;
-    let active_configuration = number(&directory, "bConfigurationValue").filter(|value| *value != 0);
     let mut interfaces = parsed.interfaces;
     bind_drivers(top, name, active_configuration, &mut interfaces);
+    // A kernel without the attribute has no authorization at all.
+    let authorized = number::<u8>(&directory, "authorized") != Some(0);
+    let plug = Plug { syspath: directory.clone(), inode: before, address };
+    let [serial, product, manufacturer] = match known(&plug).filter(|facts| facts.authorized == authorized) {
+        Some(facts) => [&facts.serial, &facts.product, &facts.manufacturer].map(Clone::clone),
+        None => ["serial", "product", "manufacturer"].map(|attribute| string(&directory, attribute)),
+    };
     let facts = DeviceFacts {
         sys_name: name.to_owned(),
         address,
@@ -226,14 +252,13 @@ fn read_device(top: &Path, name: &str, topology: &Topology) -> Option<Present> {
         speed: Speed::from_sysfs(&text(&directory, "speed")?)?,
         id: VendorProduct { vendor: parsed.vendor, product: parsed.product },
         bcd_device: parsed.bcd_device,
-        serial: string(&directory, "serial"),
-        product: string(&directory, "product"),
-        manufacturer: string(&directory, "manufacturer"),
+        serial,
+        product,
+        manufacturer,
         class: parsed.class,
         interfaces,
         active_configuration,
-        // A kernel without the attribute has no authorization at all.
-        authorized: number::<u8>(&directory, "authorized") != Some(0),
+        authorized,
         removable: match text(&directory, "removable").as_deref().map(str::trim) {
             Some("removable") => Removable::Removable,
             Some("fixed") => Removable::Fixed,
@@ -244,11 +269,7 @@ fn read_device(top: &Path, name: &str, topology: &Topology) -> Option<Present> {
     };
     // The same directory from first to last, or the facts may be of two devices.
     let after = fs::metadata(&directory).ok()?.ino();
-    (before == after).then_some(Present {
-        plug: Plug { syspath: directory, inode: before, address },
-        facts,
-        descriptors,
-    })
+    (before == after).then_some(Present { plug, facts, descriptors })
 }
 
 /// Notes the driver of each interface of the active configuration, at its current alternate setting.

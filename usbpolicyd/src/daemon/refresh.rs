@@ -20,7 +20,10 @@ use crate::topology::Topology;
 impl Daemon {
     /// Reads sysfs and decides about everything.
     pub(super) fn resync(&mut self) {
-        match self.sysfs.scan() {
+        let known: BTreeMap<_, _> =
+            self.inventory.iter().map(|(_, item)| (&item.present.plug, &item.present.facts)).collect();
+        let scan = self.sysfs.scan_again(|plug| known.get(plug).copied());
+        match scan {
             Ok(scan) => {
                 tracing::debug!(devices = scan.devices.len(), "sysfs read");
                 self.take(scan);

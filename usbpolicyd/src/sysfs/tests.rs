@@ -5,6 +5,9 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+
 use super::*;
 
 /// One made-up `/sys`.
@@ -71,7 +74,6 @@ impl Tree {
             ("devnum", format!("{devnum}\n")),
             ("dev", format!("189:{}\n", (kernel.bus - 1) * 128 + devnum - 1)),
             ("speed", if kernel.bus == 2 { "5000\n".into() } else { "480\n".into() }),
-            ("bConfigurationValue", "1\n".into()),
             ("authorized", "1\n".into()),
             ("removable", "removable\n".into()),
             ("serial", "4C53\n".into()),
@@ -153,11 +155,52 @@ fn ports_of_an_external_hub_are_found_with_their_peers() {
 fn unconfigured_device_has_no_driver_and_no_configuration() {
     let tree = Tree::new();
     let directory = tree.plug("1-1", 3);
-    put(&directory, "bConfigurationValue", "\n");
     put(&directory, "authorized", "0\n");
+    fs::remove_dir_all(directory.join("1-1:1.0")).unwrap();
+    fs::remove_file(tree.path("bus/usb/devices/1-1:1.0")).unwrap();
     let device = tree.only();
     assert_eq!((device.facts.active_configuration, device.facts.authorized), (None, false));
     assert_eq!(device.facts.interfaces[0].driver, None);
+}
+
+#[test]
+fn device_that_holds_its_lock_is_not_waited_for_once_it_is_known() {
+    let tree = Tree::new();
+    let directory = tree.plug("1-1", 3);
+    let first = tree.only();
+    // Whoever opens one of these waits, as for a device that hangs in a request of its VM.
+    mkfifo(&directory.join("bConfigurationValue"), Mode::S_IRWXU).unwrap();
+    for attribute in ["serial", "product", "manufacturer"] {
+        fs::remove_file(directory.join(attribute)).unwrap();
+        mkfifo(&directory.join(attribute), Mode::S_IRWXU).unwrap();
+    }
+    let sysfs = Sysfs::new(tree.dir.path());
+    let (tell, told) = std::sync::mpsc::channel();
+    let known = first.clone();
+    std::thread::spawn(move || {
+        let scan = sysfs.scan_again(|plug| (*plug == known.plug).then_some(&known.facts)).unwrap();
+        tell.send(scan.devices).unwrap();
+    });
+    assert_eq!(told.recv_timeout(std::time::Duration::from_secs(60)).unwrap(), [first]);
+}
+
+#[test]
+fn strings_are_read_again_of_another_plug_and_after_authorization() {
+    let tree = Tree::new();
+    let directory = tree.plug("1-1", 3);
+    let first = tree.only();
+    put(&directory, "serial", "other\n");
+    let serial = |known: &Present| {
+        let sysfs = Sysfs::new(tree.dir.path());
+        let scan = sysfs.scan_again(|plug| (*plug == known.plug).then_some(&known.facts)).unwrap();
+        scan.devices[0].facts.serial.clone().unwrap()
+    };
+    assert_eq!(serial(&first), "4C53");
+    let mut before = first.clone();
+    before.plug.inode += 1;
+    assert_eq!(serial(&before), "other");
+    put(&directory, "authorized", "0\n");
+    assert_eq!(serial(&first), "other");
 }
 
 #[test]
@@ -192,7 +235,7 @@ fn files_that_vanish_cost_the_device_and_nothing_else() {
 fn files_that_may_be_missing_cost_only_their_fact() {
     let tree = Tree::new();
     let directory = tree.plug("1-1", 3);
-    for missing in ["serial", "product", "manufacturer", "removable", "authorized", "bConfigurationValue"] {
+    for missing in ["serial", "product", "manufacturer", "removable", "authorized"] {
         fs::remove_file(directory.join(missing)).unwrap();
     }
     let facts = tree.only().facts;
