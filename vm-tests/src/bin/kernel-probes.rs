@@ -455,8 +455,8 @@ fn revocation() -> Result<String> {
     seen.push(expect("control after disable", get_status(&stick), Err(Errno::ENODEV))?);
     ensure!(flags.contains(PollFlags::POLLHUP | PollFlags::POLLERR), "disable gave {flags:?}");
     let port = device(USB3).join(format!("2-0:1.0/{USB3}-port{STICK_PORT}/disable"));
-    // Its open file keeps the root hub awake: asleep, it did not see the stick until somebody opened it (60 s later), so a
-    // later probe met the old stick on its way back.
+    // Without an open file of the root hub the stick was not seen for 60 s, and a later probe met it on its way back. With
+    // one, it is seen in most runs.
     let awake = open(USB3)?;
     write(&port, "0")?;
     wait_until("the stick to come back", || device(STICK).join("port").exists())?;
