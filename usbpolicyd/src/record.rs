@@ -1,8 +1,8 @@
 //! What outlives the daemon: which plug-in was taken from the host's drivers, which VM has it, and under which name.
 //!
 //! The file is written before a device is touched, so after a crash at any moment each device that an instance may hold,
-//! or that waits for the host's drivers, is in it. It lives in `/run` and dies with the boot. A file that cannot be read is set aside, never fatal: the instances
-//! still tell what they hold.
+//! or that waits for the host's drivers, is in it. It lives in `/run` and dies with the boot. A file that cannot be read
+//! is set aside, never fatal: the instances still tell what they hold.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
