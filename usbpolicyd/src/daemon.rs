@@ -38,7 +38,8 @@ use crate::orders::Orders;
 use crate::policy::compile::CompiledPolicy;
 use crate::policy::schema::Policy;
 use crate::record::{self, Record};
-use crate::sysfs::Sysfs;
+use crate::strings::Library;
+use crate::sysfs::{Scan, Sysfs};
 use crate::topology::Connector;
 use crate::uevent::Monitor;
 use crate::usbnode::{Nodes, Ready};
@@ -149,6 +150,9 @@ pub struct Daemon {
     workers: Workers,
     instances: Instances,
     broker: Broker,
+    /// What sysfs said last, without strings.
+    last_scan: Scan,
+    strings: Library,
     inventory: Inventory,
     ports: ports::Ports,
     inherited_hubs: Vec<(UsbfsFile, u64)>,
@@ -251,6 +255,8 @@ impl Daemon {
             workers,
             instances: Instances::new(&cli.run_dir),
             broker: Broker::default(),
+            last_scan: Scan::default(),
+            strings: Library::default(),
             inventory: Inventory::new(first_id, recalled),
             ports: ports::Ports::new(),
             inherited_hubs: inherited.hubs,
@@ -325,7 +331,12 @@ impl Daemon {
         let awaited = self.instances.with_socket().into_iter().collect();
         self.inputs.push_back(Input::Started(awaited));
         self.pump();
-        self.take(scan);
+        self.resynced_at = Some(now());
+        self.resync_at = now().saturating_add(SAFETY_INTERVAL);
+        // Complete from the first moment: instances tell next what they hold.
+        self.strings.learn(&scan);
+        self.last_scan = scan;
+        self.take_last();
         let inputs = self.instances.look(now());
         self.queue(inputs);
         self.turn();
@@ -424,6 +435,7 @@ impl Daemon {
         if self.resync_at <= now {
             self.resync();
         }
+        self.tell_of_silent_devices();
         for _ in 0..ROUNDS_PER_TURN {
             self.pump();
             if self.judged.as_ref() == Some(&self.circumstances()) {
@@ -449,6 +461,7 @@ impl Daemon {
             self.instances.deadline(),
             self.inventory.deadline_after(now),
             self.next_revocation(),
+            self.strings.deadline(),
             watchdog,
         ];
         let at = due.into_iter().flatten().min().unwrap_or(self.resync_at);

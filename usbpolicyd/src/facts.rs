@@ -311,7 +311,32 @@ pub struct DeviceFacts {
     pub host_use: Vec<HostUse>,
 }
 
+/// What a device calls itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Strings {
+    /// `iSerialNumber`.
+    pub serial: Option<String>,
+    /// `iProduct`.
+    pub product: Option<String>,
+    /// `iManufacturer`.
+    pub manufacturer: Option<String>,
+}
+
 impl DeviceFacts {
+    /// What the device calls itself.
+    pub fn strings(&self) -> Strings {
+        Strings {
+            serial: self.serial.clone(),
+            product: self.product.clone(),
+            manufacturer: self.manufacturer.clone(),
+        }
+    }
+
+    /// The same facts with other strings.
+    pub fn set_strings(&mut self, strings: Strings) {
+        Strings { serial: self.serial, product: self.product, manufacturer: self.manufacturer } = strings;
+    }
+
     /// Whether it is a hub, or says of any interface that it is one. Such a device never leaves the host: through its
     /// file one can switch the ports of others.
     pub fn is_hub(&self) -> bool {

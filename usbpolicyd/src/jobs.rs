@@ -13,11 +13,16 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::broker::OnRelease;
 use crate::claims::{Claims, Outcome, Plan};
-use crate::sysfs::Present;
+use crate::facts::Strings;
+use crate::strings::Order;
+use crate::sysfs::{Present, read_strings};
 use crate::usbnode::{NodeError, Nodes, Options, Ready};
 
 /// Threads. Each stuck device keeps one of them for up to 5 s per call.
 const THREADS: usize = 4;
+/// Threads that read strings: so many new devices that hang in the host's drivers keep no other new device waiting, and
+/// none keeps a device waiting that is known.
+const READERS: usize = 4;
 
 /// Something that can take long.
 #[derive(Debug)]
@@ -30,6 +35,8 @@ pub enum Job {
     Revoke(DeviceId, Box<Present>),
     /// Claim and release ports.
     Claim(Claims, Plan),
+    /// Read the strings of a device.
+    ReadStrings(Order),
 }
 
 /// How it ended.
@@ -43,11 +50,14 @@ pub enum Done {
     Revoked(DeviceId, Result<(), NodeError>),
     /// Of [`Job::Claim`].
     Claimed(Claims, Outcome),
+    /// Of [`Job::ReadStrings`]; `None` when the device is gone.
+    Strings(Order, Option<Strings>),
 }
 
 /// The threads and both ends of their queues.
 pub struct Workers {
     jobs: mpsc::Sender<Job>,
+    readings: mpsc::Sender<Job>,
     done: mpsc::Receiver<Done>,
     wake: Arc<EventFd>,
 }
@@ -55,35 +65,31 @@ pub struct Workers {
 impl Workers {
     /// Starts them.
     pub fn new(nodes: &Nodes) -> io::Result<Self> {
-        let (jobs, queue) = mpsc::channel();
-        // Shared by the workers: each takes the next job from it.
-        let queue = Arc::new(Mutex::new(queue));
         let (results, done) = mpsc::channel();
         // Shared with the workers, who write it when a result is there.
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
-        for number in 0..THREADS {
-            let (queue, results, wake) = (Arc::clone(&queue), results.clone(), Arc::clone(&wake));
-            let nodes = nodes.clone();
-            let name = format!("worker-{number}");
-            thread::Builder::new().name(name).spawn(move || {
-                loop {
-                    let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-                    let Ok(job) = job else { return };
-                    if results.send(run(&nodes, job)).is_err() {
-                        return;
-                    }
-                    // Fails only when the counter is full, and then it is readable.
-                    let _ = wake.write(1);
-                }
-            })?;
-        }
-        Ok(Self { jobs, done, wake })
+        let queue = |name: &str, threads: usize| -> io::Result<mpsc::Sender<Job>> {
+            let (jobs, queue) = mpsc::channel();
+            // Shared by the workers: each takes the next job from it.
+            let queue = Arc::new(Mutex::new(queue));
+            for number in 0..threads {
+                let (queue, results, wake) = (Arc::clone(&queue), results.clone(), Arc::clone(&wake));
+                let nodes = nodes.clone();
+                thread::Builder::new()
+                    .name(format!("{name}-{number}"))
+                    .spawn(move || work(&nodes, &queue, &results, &wake))?;
+            }
+            Ok(jobs)
+        };
+        let (jobs, readings) = (queue("worker", THREADS)?, queue("reader", READERS)?);
+        Ok(Self { jobs, readings, done, wake })
     }
 
     /// Hands a job to the next free worker.
     pub fn start(&self, job: Job) {
+        let queue = if matches!(job, Job::ReadStrings(_)) { &self.readings } else { &self.jobs };
         // The workers end only with us.
-        let _ = self.jobs.send(job);
+        let _ = queue.send(job);
     }
 
     /// Takes all results that are there.
@@ -97,6 +103,19 @@ impl Workers {
 impl AsFd for Workers {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
+    }
+}
+
+/// One thread: does jobs until nobody can send any more.
+fn work(nodes: &Nodes, queue: &Mutex<mpsc::Receiver<Job>>, results: &mpsc::Sender<Done>, wake: &EventFd) {
+    loop {
+        let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(job) = job else { return };
+        if results.send(run(nodes, job)).is_err() {
+            return;
+        }
+        // Fails only when the counter is full, and then it is readable.
+        let _ = wake.write(1);
     }
 }
 
@@ -114,6 +133,10 @@ fn run(nodes: &Nodes, job: Job) -> Done {
         Job::Claim(mut claims, plan) => {
             let outcome = claims.carry_out(nodes, &plan);
             Done::Claimed(claims, outcome)
+        }
+        Job::ReadStrings(order) => {
+            let strings = read_strings(&order.plug);
+            Done::Strings(order, strings)
         }
         Job::Revoke(id, device) => Done::Revoked(id, nodes.cycle_port(&device)),
     }

@@ -19,6 +19,7 @@ pub mod policy;
 pub mod policy_files;
 pub mod record;
 pub mod sandbox;
+pub mod strings;
 pub mod sysfs;
 pub mod sysfs_write;
 pub mod topology;

@@ -4,9 +4,8 @@
 //! and the event that made it vanish brings the next reading. All other oddities (text that is no UTF-8, files of
 //! any size, links to nowhere) cost at most the fact that they stand for.
 //!
-//! `bConfigurationValue` and the strings wait for the lock of their device (`drivers/usb/core/sysfs.c`), which a device
-//! holds that hangs in a request of its VM, for 5 s and again and again. So the first is not read, and the strings, which
-//! stay what they are as long as the device is plugged in, are read once.
+//! `bConfigurationValue` and the strings wait for the lock of their device (`drivers/usb/core/sysfs.c`), which others may
+//! hold for long. So the first is not read, and the strings are read apart from all the rest (`strings`).
 //!
 //! This module opens no device node and writes nothing.
 
@@ -21,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use common::ids::{BusAddress, Speed, VendorProduct};
 
-use crate::facts::{ConnectType, DeviceFacts, NodeNumber, Removable};
+use crate::facts::{ConnectType, DeviceFacts, NodeNumber, Removable, Strings};
 use crate::topology::{Connector, Controller, Half, HubPort, KernelName, PortAddress, RootHub, Topology};
 
 /// Longest attribute that is read, in bytes. A sysfs attribute has at most a page.
@@ -114,14 +113,21 @@ impl Sysfs {
         &self.root
     }
 
-    /// Reads everything. Fails only when `/sys/bus/usb/devices` itself cannot be listed.
+    /// Reads everything, and waits for devices that are busy. Fails only when `/sys/bus/usb/devices` itself cannot be
+    /// listed.
     pub fn scan(&self) -> io::Result<Scan> {
-        self.scan_again(|_| None)
+        let mut scan = self.scan_without_strings()?;
+        scan.devices.retain_mut(|present| {
+            let strings = read_strings(&present.plug);
+            let is_there = strings.is_some();
+            present.facts.set_strings(strings.unwrap_or_default());
+            is_there
+        });
+        Ok(scan)
     }
 
-    /// The same, but takes over from what is `known` of a plug-in what cannot have changed, and does not wait for a device
-    /// that is known.
-    pub fn scan_again<'a>(&self, known: impl Fn(&Plug) -> Option<&'a DeviceFacts>) -> io::Result<Scan> {
+    /// The same without strings, and waits for nobody.
+    pub fn scan_without_strings(&self) -> io::Result<Scan> {
         let top = self.root.join("bus/usb/devices");
         let mut names: Vec<String> = fs::read_dir(&top)?
             .take(ENTRIES_MAX)
@@ -142,7 +148,7 @@ impl Sysfs {
             let configuration = names.iter().find_map(|interface| {
                 interface.strip_prefix(name.as_str())?.strip_prefix(':')?.split_once('.')?.0.parse().ok()
             });
-            scan.devices.extend(read_device(&top, name, configuration, &scan.topology, &known));
+            scan.devices.extend(read_device(&top, name, configuration, &scan.topology));
         }
         scan.devices.sort_by(|left, right| left.plug.cmp(&right.plug));
         Ok(scan)
@@ -208,12 +214,20 @@ fn read_root_hub(link: &Path) -> Option<(u32, RootHub)> {
     Some((bus, RootHub { controller, half }))
 }
 
-fn read_device<'a>(
+/// The strings of a plug-in; waits while somebody else has its lock. `None` when it is no longer there.
+pub fn read_strings(plug: &Plug) -> Option<Strings> {
+    let [serial, product, manufacturer] =
+        ["serial", "product", "manufacturer"].map(|attribute| string(&plug.syspath, attribute));
+    // Still the same directory, or they may be another device's.
+    let inode = fs::metadata(&plug.syspath).ok()?.ino();
+    (inode == plug.inode).then_some(Strings { serial, product, manufacturer })
+}
+
+fn read_device(
     top: &Path,
     name: &str,
     active_configuration: Option<u8>,
     topology: &Topology,
-    known: impl Fn(&Plug) -> Option<&'a DeviceFacts>,
 ) -> Option<Present> {
     let kernel_name: KernelName = name.parse().ok()?;
     let directory = fs::canonicalize(top.join(name)).ok()?;
@@ -238,10 +252,6 @@ fn read_device<'a>(
     // A kernel without the attribute has no authorization at all.
     let authorized = number::<u8>(&directory, "authorized") != Some(0);
     let plug = Plug { syspath: directory.clone(), inode: before, address };
-    let [serial, product, manufacturer] = match known(&plug).filter(|facts| facts.authorized == authorized) {
-        Some(facts) => [&facts.serial, &facts.product, &facts.manufacturer].map(Clone::clone),
-        None => ["serial", "product", "manufacturer"].map(|attribute| string(&directory, attribute)),
-    };
     let facts = DeviceFacts {
         sys_name: name.to_owned(),
         address,
@@ -252,9 +262,9 @@ fn read_device<'a>(
         speed: Speed::from_sysfs(&text(&directory, "speed")?)?,
         id: VendorProduct { vendor: parsed.vendor, product: parsed.product },
         bcd_device: parsed.bcd_device,
-        serial,
-        product,
-        manufacturer,
+        serial: None,
+        product: None,
+        manufacturer: None,
         class: parsed.class,
         interfaces,
         active_configuration,

@@ -4,9 +4,10 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
 use vm_tests::play::{SHORT, instance, wait_driver, wait_until};
-use vm_tests::virtual_devices::{plug_gadget, remove_gadget, wait_id};
+use vm_tests::virtual_devices::{UsbIpDevice, plug_gadget, remove_gadget, wait_id};
 use vm_tests::{Host, HostConfig, Log, Mark, Process, UsbDevice, Usbpolicyd, progress, scenario};
 
 /// Plug-ins on one bus: more than there are device numbers.
@@ -103,8 +104,43 @@ fn devices_are_known_by_socket_and_serial_and_a_burst_of_events_loses_nothing() 
             );
         }
 
+        hanging(host, &daemon, &work)?;
         burst(host, &daemon, &work)
     })
+}
+
+/// A new device whose lock somebody holds, as the host's drivers often do: it is decided about when its strings can be
+/// read, and keeps nobody else waiting.
+fn hanging(host: &Host, daemon: &Usbpolicyd, work: &Process) -> Result<()> {
+    progress("a new device that hangs, and a stick");
+    let slow = || UsbIpDevice::plug(host, "identity", &["--delay-set-interface", "4900"]);
+    // A hang ends after 5 s, and a busy machine may need longer for all the rest: then nothing is shown.
+    for _ in 0..6 {
+        let (mark, from_work) = (daemon.log().here(), work.log().here());
+        // So that the device hangs before the daemon looks at it.
+        daemon.process().signal(Signal::SIGSTOP)?;
+        let slow = slow()?;
+        let name = slow.kernel_name()?;
+        let stick = host.plug(UsbDevice::stick("left").port("5"))?;
+        host.kernel_name(&stick)?;
+        host.run("udevadm settle")?;
+        let request = host.spawn(&["usb-stream", "--id", "1209:0666", "set-interface", "0"])?;
+        wait_until(host, &format!("! timeout 0.2 cat /sys/bus/usb/devices/{name}/product"))?;
+        daemon.process().signal(Signal::SIGCONT)?;
+        work.log().wait_after(from_work, "attach * 5 46f4:0001 ", SHORT)?;
+        host.run("usbpolicyctl vm list")?;
+        let is_shown = request.is_running();
+        work.log().wait_after(from_work, "holding ", SHORT)?;
+        daemon.log().wait_after(mark, &format!("plugged {name} "), SHORT)?;
+        drop(slow);
+        host.unplug(&stick)?;
+        work.log().wait_after(from_work, "gone ", SHORT)?;
+        daemon.log().wait_after(mark, &format!("unplugged {name} "), SHORT)?;
+        if is_shown {
+            return Ok(());
+        }
+    }
+    bail!("the stick waited for the device that hangs, each time")
 }
 
 /// Events come faster than anybody reads: what the daemon does is bounded, and nothing that happens meanwhile is lost.
@@ -129,12 +165,12 @@ fn burst(host: &Host, daemon: &Usbpolicyd, work: &Process) -> Result<()> {
 
     progress("3000 events while the daemon does not look: one overrun, one reading");
     let mark = daemon.log().here();
-    daemon.process().signal(nix::sys::signal::Signal::SIGSTOP)?;
+    daemon.process().signal(Signal::SIGSTOP)?;
     host.run(&format!("uevent-burst {BURST} /sys/bus/usb/devices/usb1"))?;
     let stick = host.plug(UsbDevice::stick("right").port("6"))?;
     host.kernel_name(&stick)?;
     host.run("udevadm settle")?;
-    daemon.process().signal(nix::sys::signal::Signal::SIGCONT)?;
+    daemon.process().signal(Signal::SIGCONT)?;
     wait_listed(host, "2-6", "with lab")?;
     let lines = daemon.log().all_after(mark, "");
     // What comes behind the decision is the hand-over's own: drivers go, a configuration is set.

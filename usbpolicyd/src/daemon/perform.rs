@@ -152,10 +152,16 @@ impl Daemon {
     }
 
     pub(super) fn finish_jobs(&mut self) {
+        let mut has_strings = false;
         for done in self.workers.finished() {
             let input = match done {
                 Done::Claimed(claims, outcome) => {
                     self.claimed(claims, outcome);
+                    continue;
+                }
+                Done::Strings(order, strings) => {
+                    self.strings_arrived(order, strings);
+                    has_strings = true;
                     continue;
                 }
                 Done::Revoked(id, result) => {
@@ -175,6 +181,9 @@ impl Daemon {
                 }
             };
             self.inputs.push_back(input);
+        }
+        if has_strings {
+            self.take_last();
         }
     }
 
@@ -256,8 +265,12 @@ impl Daemon {
             .iter()
             .filter(|(_, item)| matches!(item.verdict, crate::policy::decide::Verdict::Conflict { .. }));
         let degraded = if self.written.is_none() { ", NO POLICY: nothing is handed over" } else { "" };
+        let silent = match self.strings.silent() {
+            0 => String::new(),
+            count => format!(", {count} do not answer yet"),
+        };
         let status = format!(
-            "{} devices, {} with VMs, {} VMs up, {} conflicts{degraded}",
+            "{} devices, {} with VMs, {} VMs up, {} conflicts{silent}{degraded}",
             self.inventory.iter().count(),
             self.broker.holders().count(),
             self.up.len(),

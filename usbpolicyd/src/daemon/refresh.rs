@@ -9,38 +9,66 @@ use common::ids::DeviceId;
 use super::{Circumstances, Daemon, Mode, SAFETY_INTERVAL, now};
 use crate::audit::{Kind, Note, Subject};
 use crate::broker::{Input, Touched};
+use crate::facts::Strings;
 use crate::inventory::Item;
+use crate::jobs::Job;
 use crate::policy::compile::compile;
 use crate::policy::decide::{Context, Verdict};
 use crate::policy::load::{Layer, load};
 use crate::policy_files::{Places, read_path};
-use crate::sysfs::{Present, Scan};
+use crate::strings::Order;
+use crate::sysfs::{Plug, Present, Scan};
 use crate::topology::Topology;
 
 impl Daemon {
-    /// Reads sysfs and decides about everything.
+    /// Reads sysfs and decides about everything. Waits for no device.
     pub(super) fn resync(&mut self) {
-        let known: BTreeMap<_, _> =
-            self.inventory.iter().map(|(_, item)| (&item.present.plug, &item.present.facts)).collect();
-        let scan = self.sysfs.scan_again(|plug| known.get(plug).copied());
-        match scan {
+        let now = now();
+        self.resynced_at = Some(now);
+        self.resync_at = now.saturating_add(SAFETY_INTERVAL);
+        match self.sysfs.scan_without_strings() {
             Ok(scan) => {
                 tracing::debug!(devices = scan.devices.len(), "sysfs read");
-                self.take(scan);
+                self.last_scan = scan;
+                self.take_last();
             }
             Err(error) => {
                 tracing::error!(%error, "cannot read /sys/bus/usb/devices; trying again");
-                self.resynced_at = Some(now());
-                self.resync_at = now().saturating_add(SAFETY_INTERVAL);
             }
+        }
+    }
+
+    /// Takes the last reading with all strings that are known by now, and has those read that are not.
+    pub(super) fn take_last(&mut self) {
+        let mut scan = self.last_scan.clone();
+        for order in self.strings.complete(now(), &mut scan) {
+            self.workers.start(Job::ReadStrings(order));
+        }
+        self.take(scan);
+    }
+
+    /// A worker has read the strings of a device.
+    pub(super) fn strings_arrived(&mut self, order: Order, strings: Option<Strings>) {
+        let name = name_of(&order.plug);
+        if let Some(took) = self.strings.arrived(now(), order, strings) {
+            tracing::warn!(device = name, "answers after {} s", took.as_secs());
+        }
+    }
+
+    /// Tells the operator of devices that do not answer.
+    pub(super) fn tell_of_silent_devices(&mut self) {
+        for plug in self.strings.late(now()) {
+            tracing::warn!(
+                device = name_of(&plug),
+                "does not answer: the host's drivers or another program keep it busy. It is decided about when its strings \
+                 can be read; pull it, or see the kernel's log"
+            );
         }
     }
 
     pub(super) fn take(&mut self, mut scan: Scan) {
         let keyboards = self.guards.assess(&mut scan);
         let now = now();
-        self.resynced_at = Some(now);
-        self.resync_at = now.saturating_add(SAFETY_INTERVAL);
         let before: BTreeMap<DeviceId, Subject> =
             self.inventory.iter().map(|(id, item)| (id, subject(id, &item.present))).collect();
         if scan.topology != *self.inventory.topology() {
@@ -188,6 +216,11 @@ impl Daemon {
             self.broker.set_detach_deadline(self.policy.revoke.deadline);
         }
     }
+}
+
+/// The kernel's name of a device, `1-4.2`.
+fn name_of(plug: &Plug) -> String {
+    plug.syspath.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// What the audit says of a device.
