@@ -160,8 +160,13 @@ impl Daemon {
                     continue;
                 }
                 Done::Strings(order, strings) => {
+                    if strings.is_some() {
+                        has_strings = true;
+                    } else {
+                        // It left while it was read; the last scan still has it.
+                        self.resync_soon();
+                    }
                     self.strings_arrived(order, strings);
-                    has_strings = true;
                     continue;
                 }
                 Done::Revoked(id, result) => {
