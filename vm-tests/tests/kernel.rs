@@ -7,7 +7,6 @@ use vm_tests::play::SHORT;
 use vm_tests::{HostConfig, Mark, Plugged, UsbDevice, scenario};
 
 #[test]
-#[ignore = "T4: in some runs the stick does not come back when its port is switched on again"]
 fn the_kernel_behaves_as_the_sheet_of_facts_says() -> Result<()> {
     scenario(&HostConfig::default(), |host| {
         let probes = host.spawn(&["kernel-probes"])?;

@@ -52,7 +52,7 @@ const PROBES: &[Probe] = &[
     ("T13", "only hubs have ports to claim", no_hub),
     ("T9", "memory for transfers is one pool for all devices", memory),
     ("T10", "a full socket loses events and says so once", overrun),
-    ("T4", "authorized=0 revokes nothing, a disabled or removed device everything", revocation),
+    ("T4", "authorized=0 revokes nothing, a disabled port or a removed device everything", revocation),
     ("T4e", "a stick on a claimed connector stays without configuration", both_halves),
     ("T5", "an unauthorized device is told by bind; authorizing it is not", unauthorized),
     ("T14", "a claimed port keeps drivers from a device that is authorized later", unauthorized_and_claimed),
@@ -449,17 +449,19 @@ fn revocation() -> Result<String> {
     seen.push(expect("and after authorized=1", get_status(&keys), Ok(()))?);
     wait_driver(KEYS, "usbhid")?;
 
+    // Kept awake: what the kernel finds when it wakes a root hub is not what is asked here.
+    let awake = open(USB3)?;
     let stick = open(STICK)?;
     write(&device(STICK).join("port/disable"), "1")?;
     let flags = wait_hangup(&stick)?;
     seen.push(expect("control after disable", get_status(&stick), Err(Errno::ENODEV))?);
     ensure!(flags.contains(PollFlags::POLLHUP | PollFlags::POLLERR), "disable gave {flags:?}");
     let port = device(USB3).join(format!("2-0:1.0/{USB3}-port{STICK_PORT}/disable"));
-    // Without an open file of the root hub the stick was not seen for 60 s, and a later probe met it on its way back. With
-    // one, it is seen in most runs.
-    let awake = open(USB3)?;
     write(&port, "0")?;
-    wait_until("the stick to come back", || device(STICK).join("port").exists())?;
+    // A controller that cannot cut the power of a port, as QEMU's, has no change to tell: the stick is there for the
+    // kernel when it is plugged in again.
+    pull("stick", STICK)?;
+    plug("stick", STICK)?;
     wait_driver(STICK, "usb-storage")?;
     settle()?;
     drop(awake);
