@@ -121,6 +121,7 @@ fn handle(request: Request, processes: &mut HashMap<u32, Running>, reports: &Rep
                 process.stdin = None;
             }
         }
+        Request::Wake => {}
         Request::Signal { id, signal } => {
             if let (Some(process), Ok(signal)) = (processes.get(&id), Signal::try_from(signal)) {
                 // ESRCH: it has just ended; its exit is on the way.

@@ -223,6 +223,9 @@ impl Host {
         host.remote
             .wait_boot_after(0, within)
             .with_context(|| format!("console:\n{}", host.console.tail(40)))?;
+        if accel == Accel::Tcg {
+            host.remote.keep_awake();
+        }
         progress("the host is up");
         Ok(host)
     }

@@ -27,6 +27,8 @@ pub enum Request {
         /// Which process.
         id: u32,
     },
+    /// Nothing: its interrupt is what counts, see [`crate::Remote::keep_awake`].
+    Wake,
     /// Send a signal to its process group.
     Signal {
         /// Which process.

@@ -16,6 +16,9 @@ use crate::protocol::{Report, Request, bytes_of, text_of};
 /// Bytes per message of input: keeps the lines short enough for any console.
 const INPUT_CHUNK: usize = 8 * 1024;
 
+/// Between two interrupts of [`Remote::keep_awake`].
+const WAKE_EACH: Duration = Duration::from_millis(250);
+
 /// [`Report::Ready`] on the line; no other report can end like this.
 const READY_LINE: &[u8] = b"\"ready\"\n";
 
@@ -97,6 +100,24 @@ impl Remote {
         let reader = Arc::clone(&shared);
         thread::spawn(move || reader.read_all(BufReader::new(from)));
         Self { shared }
+    }
+
+    /// Interrupts the machine four times a second from now on, until it ends. QEMU's emulated APIC (7.2, one processor)
+    /// sometimes loses the timer interrupt of a machine that hosts another one and is busy with it. If it is idle then, it
+    /// sleeps until the next interrupt of any kind, minutes if all that is going on waits for a timer; the kernel tells of
+    /// it afterwards ("soft lockup - CPU#0 stuck for 136s! [swapper/0:0]"). Seen with QEMU's own usb-host, so without any
+    /// part of ours.
+    pub fn keep_awake(&self) {
+        let shared = Arc::downgrade(&self.shared);
+        thread::spawn(move || {
+            while let Some(shared) = shared.upgrade()
+                && !shared.state().closed
+                && shared.send(&Request::Wake).is_ok()
+            {
+                drop(shared);
+                thread::sleep(WAKE_EACH);
+            }
+        });
     }
 
     /// How often the machine has come up so far.
