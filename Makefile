@@ -27,7 +27,7 @@ check: setup
 
 # The daemons under test are built with optimisation: an emulated host is slow enough.
 vm-test: setup build
-	$(CARGO) test --release --locked -p vm-tests --tests -- --test-threads=2
+	$(CARGO) test --release --locked -p vm-tests --test scenarios -- --test-threads=2
 
 test: check vm-test
 

@@ -1,5 +1,5 @@
 # NOT RUN: there was no machine with Nix to try this on. The units themselves are those of packaging/systemd, which are
-# run by vm-tests/tests/services.rs on Debian.
+# run by vm-tests/tests/scenarios/services.rs on Debian.
 {
   config,
   lib,

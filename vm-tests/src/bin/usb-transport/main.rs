@@ -1,5 +1,5 @@
 //! `usb-transport CHECK DEVICE`: one behaviour of usbvfiod's transport on a real device (`2-1`) of this machine. Prints
-//! what it saw; fails with what it did not expect. `tests/usb_transport.rs` runs it in the host under test.
+//! what it saw; fails with what it did not expect. `tests/scenarios/usb_transport.rs` runs it in the host under test.
 
 mod bench;
 mod scripted;

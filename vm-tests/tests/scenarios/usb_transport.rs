@@ -94,7 +94,7 @@ fn transport_serves_streams() -> Result<()> {
     })
 }
 
-/// Not part of the usual run: `VM_TESTS_PROFILE=release cargo test -p vm-tests --test usb_transport -- --ignored`.
+/// Not part of the usual run: `VM_TESTS_PROFILE=release cargo test -p vm-tests usb_transport -- --ignored`.
 #[test]
 #[ignore = "a measurement, minutes long and of use on an idle machine only"]
 fn transport_costs_little_more_than_a_bare_loop() -> Result<()> {
