@@ -17,11 +17,13 @@ pub enum Accel {
 
 impl Accel {
     /// For QEMU's command line. Linux copies and clears memory by `rep movsb` and `rep stosb` where the processor says that
-    /// it is good at them; the emulation does them byte by byte, and is better at plain moves.
+    /// it is good at them; the emulation does them byte by byte, and is better at plain moves. And QEMU before 8.0 takes the
+    /// flags behind `cmpxchg16b`, on the fast path of the kernel's allocator, from a register that may hold anything: an
+    /// interrupt there saves and restores garbage ("Oops" with `EFLAGS: 04da8742` in `kmem_cache_alloc_node`).
     pub fn arguments(self) -> [&'static str; 4] {
         match self {
             Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
-            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max,-erms,-fsrm,-la57,-smap"],
+            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max,-erms,-fsrm,-la57,-smap,-cx16"],
         }
     }
 
