@@ -35,6 +35,7 @@ const PACKAGES: &[&str] = &[
     "dmsetup",
     "dosfstools",
     "alsa-utils",
+    "usbguard",
     "qemu-system-x86",
     "qemu-system-common",
     "qemu-system-data",

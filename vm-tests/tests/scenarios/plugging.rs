@@ -199,6 +199,7 @@ fn devices_that_change_or_are_needed_stay_where_they_belong() -> Result<()> {
         let counting = start_counting(host)?;
         changes(host, &work, &lab)?;
         not_authorized(host, &work)?;
+        beside_usbguard(host, &work)?;
         needed_by_the_host(host, &work)?;
         finish_counting(&counting, &wrap)?;
         for log in [work.log(), lab.log(), wrap.log()] {
@@ -308,6 +309,42 @@ fn not_authorized(host: &Host, work: &Process) -> Result<()> {
     host.unplug(&stick)?;
     host.unplug(&earlier)?;
     work.log().wait_after(mark, "gone ", SHORT)?;
+    Ok(())
+}
+
+/// What USBGuard allows is handed over, what it blocks waits for it.
+fn beside_usbguard(host: &Host, work: &Process) -> Result<()> {
+    progress("beside USBGuard");
+    let mark = work.log().here();
+    let configuration = "RuleFile=/etc/usbguard/rules.conf\nImplicitPolicyTarget=block\nPresentDevicePolicy=keep\n\
+        PresentControllerPolicy=keep\nInsertedDevicePolicy=apply-policy\nAuthorizedDefault=none\n\
+        RestoreControllerDeviceState=false\nDeviceManagerBackend=uevent\nIPCAllowedUsers=root\n\
+        AuditBackend=FileAudit\nAuditFilePath=/tmp/usbguard-audit.log\n";
+    host.remote().write_file("/etc/usbguard/usbguard-daemon.conf", configuration.as_bytes())?;
+    host.remote().write_file("/etc/usbguard/rules.conf", b"allow id 46f4:0001\n")?;
+    host.run("chmod 600 /etc/usbguard/*.conf")?;
+    let usbguard =
+        host.spawn(&["usbguard-daemon", "-f", "-k", "-c", "/etc/usbguard/usbguard-daemon.conf"])?;
+    wait_until(host, "grep -qx 0 /sys/bus/usb/devices/usb1/authorized_default && usbguard list-rules")?;
+
+    let stick = host.plug(UsbDevice::stick("needed").port("2"))?;
+    work.log().wait_after(mark, "attach * 2 46f4:0001 ", SHORT)?;
+    work.log().wait_after(mark, "holding ", SHORT)?;
+    let tablet = host.plug(UsbDevice::tablet("blocked").port("3"))?;
+    wait_until(host, "usbguard list-devices --blocked | grep -q 0627:0001")?;
+    wait_until(host, "usbpolicyctl list --json | grep -q 'waits for authorization'")?;
+    ensure!(count(work.log(), mark, "attach ") == 1, "a blocked device was handed over");
+    host.run("usbguard allow-device $(usbguard list-devices --blocked | sed -n 's/: .*id 0627:0001.*//p')")?;
+    work.log().wait_after(mark, "attach * 3 0627:0001 ", SHORT)?;
+
+    usbguard.signal(Signal::SIGTERM)?;
+    usbguard.wait(SHORT)?;
+    host.run("for bus in usb1 usb2; do echo 1 > /sys/bus/usb/devices/$bus/authorized_default; done")?;
+    for device in [stick, tablet] {
+        let mark = work.log().here();
+        host.unplug(&device)?;
+        work.log().wait_after(mark, "gone ", SHORT)?;
+    }
     Ok(())
 }
 
