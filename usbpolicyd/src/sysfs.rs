@@ -16,7 +16,7 @@ pub(crate) mod tests;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use common::ids::{BusAddress, Speed, VendorProduct};
 
@@ -24,7 +24,7 @@ use crate::facts::{ConnectType, DeviceFacts, NodeNumber, Removable, Strings};
 use crate::topology::{Connector, Controller, Half, HubPort, KernelName, PortAddress, RootHub, Topology};
 
 /// Longest attribute that is read, in bytes. A sysfs attribute has at most a page.
-const ATTRIBUTE_MAX: u64 = 4096;
+const ATTRIBUTE_MAX: usize = 4096;
 /// Longest descriptor blob that is read, as from the open node (`common::usbfs`).
 const DESCRIPTORS_MAX: u64 = 128 * 1024;
 /// Longest string of a device: 126 UTF-16 units (USB 2.0 §9.6.7).
@@ -187,7 +187,7 @@ pub(crate) fn port_name(name: &str) -> Option<KernelName> {
 
 /// The hub whose interface this is.
 fn read_hub(interface: &Path, topology: &Topology, ports: usize) -> Option<Hub> {
-    let interface = fs::canonicalize(interface).ok()?;
+    let interface = resolve(interface)?;
     let directory = interface.parent()?;
     let name = directory.file_name()?.to_str()?;
     let address = BusAddress { bus: number(directory, "busnum")?, device: number(directory, "devnum")? };
@@ -201,7 +201,7 @@ fn read_hub(interface: &Path, topology: &Topology, ports: usize) -> Option<Hub> 
 }
 
 fn read_root_hub(link: &Path) -> Option<(u32, RootHub)> {
-    let directory = fs::canonicalize(link).ok()?;
+    let directory = resolve(link)?;
     let bus = number(&directory, "busnum")?;
     let half =
         if Speed::from_sysfs(&text(&directory, "speed")?)?.is_usb3() { Half::Usb3 } else { Half::Usb2 };
@@ -230,7 +230,7 @@ fn read_device(
     topology: &Topology,
 ) -> Option<Present> {
     let kernel_name: KernelName = name.parse().ok()?;
-    let directory = fs::canonicalize(top.join(name)).ok()?;
+    let directory = resolve(&top.join(name))?;
     let before = fs::metadata(&directory).ok()?.ino();
     let descriptors = bytes(&directory, "descriptors", DESCRIPTORS_MAX)?;
     let parsed = descriptors::parse(&descriptors)?;
@@ -309,6 +309,20 @@ fn read_connect_type(port: &Path) -> ConnectType {
     }
 }
 
+/// Where a link of `/sys/bus/usb/devices` leads. sysfs has no links on the way there, so it is enough to read this one:
+/// asking the kernel about each directory above (`canonicalize`) takes a dozen system calls for each device.
+fn resolve(link: &Path) -> Option<PathBuf> {
+    let mut path = link.parent()?.to_owned();
+    for part in fs::read_link(link).ok()?.components() {
+        match part {
+            Component::ParentDir => drop(path.pop()),
+            Component::CurDir => {}
+            other => path.push(other),
+        }
+    }
+    Some(path)
+}
+
 /// A file's first `max` bytes. `None` when it cannot be read to there.
 fn bytes(directory: &Path, name: &str, max: u64) -> Option<Vec<u8>> {
     let mut content = Vec::new();
@@ -316,10 +330,12 @@ fn bytes(directory: &Path, name: &str, max: u64) -> Option<Vec<u8>> {
     Some(content)
 }
 
-/// An attribute as text; what is no UTF-8 is replaced.
+/// An attribute as text; what is no UTF-8 is replaced. The kernel gives an attribute in one piece, so one read has all of
+/// it.
 pub(crate) fn text(directory: &Path, name: &str) -> Option<String> {
-    let content = bytes(directory, name, ATTRIBUTE_MAX)?;
-    Some(String::from_utf8_lossy(&content).into_owned())
+    let mut content = [0; ATTRIBUTE_MAX];
+    let length = File::open(directory.join(name)).ok()?.read(&mut content).ok()?;
+    Some(String::from_utf8_lossy(content.get(..length)?).into_owned())
 }
 
 /// A decimal attribute.
