@@ -199,9 +199,10 @@ fn devices_that_change_or_are_needed_stay_where_they_belong() -> Result<()> {
         let counting = start_counting(host)?;
         changes(host, &work, &lab)?;
         not_authorized(host, &work)?;
-        beside_usbguard(host, &work)?;
         needed_by_the_host(host, &work)?;
         finish_counting(&counting, &wrap)?;
+        // Last: it takes the authorization of all buses.
+        beside_usbguard(host, &work)?;
         for log in [work.log(), lab.log(), wrap.log()] {
             ensure!(count(log, Mark::START, "WRONG DEVICE") == 0, "{}", log.tail(40));
         }
@@ -316,6 +317,10 @@ fn not_authorized(host: &Host, work: &Process) -> Result<()> {
 fn beside_usbguard(host: &Host, work: &Process) -> Result<()> {
     progress("beside USBGuard");
     let mark = work.log().here();
+    // It was drained last, and has the one device that is there again.
+    host.run("usbpolicyctl vm resume work")?;
+    work.log().wait_after(mark, "holding ", SHORT)?;
+    let mark = work.log().here();
     let configuration = "RuleFile=/etc/usbguard/rules.conf\nImplicitPolicyTarget=block\nPresentDevicePolicy=keep\n\
         PresentControllerPolicy=keep\nInsertedDevicePolicy=apply-policy\nAuthorizedDefault=none\n\
         RestoreControllerDeviceState=false\nDeviceManagerBackend=uevent\nIPCAllowedUsers=root\n\
@@ -327,8 +332,8 @@ fn beside_usbguard(host: &Host, work: &Process) -> Result<()> {
         host.spawn(&["usbguard-daemon", "-f", "-k", "-c", "/etc/usbguard/usbguard-daemon.conf"])?;
     wait_until(host, "grep -qx 0 /sys/bus/usb/devices/usb1/authorized_default && usbguard list-rules")?;
 
-    let stick = host.plug(UsbDevice::stick("needed").port("2"))?;
-    work.log().wait_after(mark, "attach * 2 46f4:0001 ", SHORT)?;
+    let stick = host.plug(UsbDevice::stick("left").port("5"))?;
+    work.log().wait_after(mark, "attach * 5 46f4:0001 ", SHORT)?;
     work.log().wait_after(mark, "holding ", SHORT)?;
     let tablet = host.plug(UsbDevice::tablet("blocked").port("3"))?;
     wait_until(host, "usbguard list-devices --blocked | grep -q 0627:0001")?;
@@ -339,7 +344,6 @@ fn beside_usbguard(host: &Host, work: &Process) -> Result<()> {
 
     usbguard.signal(Signal::SIGTERM)?;
     usbguard.wait(SHORT)?;
-    host.run("for bus in usb1 usb2; do echo 1 > /sys/bus/usb/devices/$bus/authorized_default; done")?;
     for device in [stick, tablet] {
         let mark = work.log().here();
         host.unplug(&device)?;
