@@ -15,7 +15,7 @@ use usbpolicyd::guards::Guards;
 use usbpolicyd::policy::compile::compile;
 use usbpolicyd::policy::decide::{Context, decide};
 use usbpolicyd::policy::load::load_one;
-use usbpolicyd::strings::Library;
+use usbpolicyd::strings::StringCache;
 use usbpolicyd::sysfs::{Scan, Sysfs};
 
 const HUBS: u8 = 12;
@@ -114,9 +114,9 @@ fn main() {
     let directory = tempfile::tempdir().unwrap();
     let tree = Tree::make(directory.path());
     let sysfs = Sysfs::new(&tree.0);
-    let (mut library, mut guards) = (Library::default(), Guards::new(&tree.0, "/proc"));
+    let (mut cache, mut guards) = (StringCache::default(), Guards::new(&tree.0, "/proc"));
     let first = sysfs.scan().unwrap();
-    library.learn(&first);
+    cache.learn(&first);
     let policy = compile(&load_one("policy.toml", POLICY).unwrap().policy, &first.topology);
     println!("{} devices, {} hubs with ports, {ROUNDS} rounds", first.devices.len(), first.hubs.len());
     let read = || sysfs.scan_without_strings().unwrap();
@@ -130,7 +130,7 @@ fn main() {
         };
         time(0, &mut |scan| *scan = read());
         time(1, &mut |scan| {
-            assert!(library.complete(Duration::ZERO, scan).is_empty());
+            assert!(cache.complete(Duration::ZERO, scan).is_empty());
             black_box(guards.assess(scan));
         });
         time(2, &mut |scan| {

@@ -38,7 +38,7 @@ use crate::orders::Orders;
 use crate::policy::compile::CompiledPolicy;
 use crate::policy::schema::Policy;
 use crate::record::{self, Record};
-use crate::strings::Library;
+use crate::strings::StringCache;
 use crate::sysfs::{Scan, Sysfs};
 use crate::topology::Connector;
 use crate::uevent::Monitor;
@@ -152,7 +152,7 @@ pub struct Daemon {
     broker: Broker,
     /// What sysfs said last, without strings.
     last_scan: Scan,
-    strings: Library,
+    strings: StringCache,
     inventory: Inventory,
     ports: ports::Ports,
     inherited_hubs: Vec<(UsbfsFile, u64)>,
@@ -256,7 +256,7 @@ impl Daemon {
             instances: Instances::new(&cli.run_dir),
             broker: Broker::default(),
             last_scan: Scan::default(),
-            strings: Library::default(),
+            strings: StringCache::default(),
             inventory: Inventory::new(first_id, recalled),
             ports: ports::Ports::new(),
             inherited_hubs: inherited.hubs,

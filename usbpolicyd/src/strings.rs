@@ -37,11 +37,11 @@ struct Known {
 
 /// All of them.
 #[derive(Debug, Default)]
-pub struct Library {
+pub struct StringCache {
     known: BTreeMap<Plug, Known>,
 }
 
-impl Library {
+impl StringCache {
     /// Takes over the strings of a scan that read all of them.
     pub fn learn(&mut self, scan: &Scan) {
         for present in &scan.devices {
@@ -118,68 +118,68 @@ mod tests {
     }
 
     /// Scans and completes; the serials of those who are there, and the orders.
-    fn look(library: &mut Library, tree: &Tree) -> (Vec<Option<String>>, Vec<Order>) {
+    fn look(cache: &mut StringCache, tree: &Tree) -> (Vec<Option<String>>, Vec<Order>) {
         let mut scan = scan(tree);
-        let orders = library.complete(NOW, &mut scan);
+        let orders = cache.complete(NOW, &mut scan);
         (scan.devices.into_iter().map(|one| one.facts.serial).collect(), orders)
     }
 
-    fn carry_out(library: &mut Library, orders: Vec<Order>) {
+    fn carry_out(cache: &mut StringCache, orders: Vec<Order>) {
         for order in orders {
             let strings = read_strings(&order.plug);
-            library.arrived(NOW, order, strings);
+            cache.arrived(NOW, order, strings);
         }
     }
 
     #[test]
     fn device_is_there_when_its_strings_are_and_they_are_asked_for_once() {
-        let (tree, mut library) = (Tree::new(), Library::default());
+        let (tree, mut cache) = (Tree::new(), StringCache::default());
         tree.plug("1-1", 3);
-        let (there, orders) = look(&mut library, &tree);
+        let (there, orders) = look(&mut cache, &tree);
         assert_eq!((there.len(), orders.len()), (0, 1));
         // Whoever looks again meanwhile starts no second reader.
-        assert_eq!(look(&mut library, &tree), (vec![], vec![]));
-        carry_out(&mut library, orders);
-        assert_eq!(look(&mut library, &tree), (vec![Some("4C53".to_owned())], vec![]));
+        assert_eq!(look(&mut cache, &tree), (vec![], vec![]));
+        carry_out(&mut cache, orders);
+        assert_eq!(look(&mut cache, &tree), (vec![Some("4C53".to_owned())], vec![]));
     }
 
     #[test]
     fn strings_are_read_again_after_authorization_and_the_old_ones_hold_until_then() {
-        let (tree, mut library) = (Tree::new(), Library::default());
+        let (tree, mut cache) = (Tree::new(), StringCache::default());
         let directory = tree.plug("1-1", 3);
-        library.learn(&tree.scan());
+        cache.learn(&tree.scan());
         put(&directory, "serial", "other\n");
-        assert_eq!(look(&mut library, &tree), (vec![Some("4C53".to_owned())], vec![]));
+        assert_eq!(look(&mut cache, &tree), (vec![Some("4C53".to_owned())], vec![]));
         put(&directory, "authorized", "0\n");
-        let (there, orders) = look(&mut library, &tree);
+        let (there, orders) = look(&mut cache, &tree);
         assert_eq!(there, [Some("4C53".to_owned())]);
-        carry_out(&mut library, orders);
-        assert_eq!(look(&mut library, &tree), (vec![Some("other".to_owned())], vec![]));
+        carry_out(&mut cache, orders);
+        assert_eq!(look(&mut cache, &tree), (vec![Some("other".to_owned())], vec![]));
     }
 
     #[test]
     fn what_is_read_of_a_plug_in_that_left_is_forgotten() {
-        let (tree, mut library) = (Tree::new(), Library::default());
+        let (tree, mut cache) = (Tree::new(), StringCache::default());
         tree.plug("1-1", 3);
-        let (_, orders) = look(&mut library, &tree);
+        let (_, orders) = look(&mut cache, &tree);
         std::fs::remove_file(tree.path("bus/usb/devices/1-1")).unwrap();
-        assert_eq!(look(&mut library, &tree), (vec![], vec![]));
-        carry_out(&mut library, orders);
-        assert!(library.known.is_empty());
+        assert_eq!(look(&mut cache, &tree), (vec![], vec![]));
+        carry_out(&mut cache, orders);
+        assert!(cache.known.is_empty());
     }
 
     #[test]
     fn operator_is_told_once_of_a_device_that_is_late_and_once_that_it_came() {
-        let (tree, mut library) = (Tree::new(), Library::default());
+        let (tree, mut cache) = (Tree::new(), StringCache::default());
         tree.plug("1-1", 3);
-        let (_, mut orders) = look(&mut library, &tree);
-        assert_eq!((library.deadline(), library.late(NOW)), (Some(NOW + PATIENCE), vec![]));
+        let (_, mut orders) = look(&mut cache, &tree);
+        assert_eq!((cache.deadline(), cache.late(NOW)), (Some(NOW + PATIENCE), vec![]));
         let later = NOW + PATIENCE;
-        assert_eq!((library.late(later).len(), library.late(later).len()), (1, 0));
-        assert_eq!((library.deadline(), library.silent()), (None, 1));
+        assert_eq!((cache.late(later).len(), cache.late(later).len()), (1, 0));
+        assert_eq!((cache.deadline(), cache.silent()), (None, 1));
         let order = orders.remove(0);
         let strings = read_strings(&order.plug);
-        assert_eq!(library.arrived(later, order, strings), Some(PATIENCE));
-        assert_eq!(library.silent(), 0);
+        assert_eq!(cache.arrived(later, order, strings), Some(PATIENCE));
+        assert_eq!(cache.silent(), 0);
     }
 }

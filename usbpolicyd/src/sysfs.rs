@@ -334,7 +334,15 @@ fn bytes(directory: &Path, name: &str, max: u64) -> Option<Vec<u8>> {
 /// it.
 pub(crate) fn text(directory: &Path, name: &str) -> Option<String> {
     let mut content = [0; ATTRIBUTE_MAX];
-    let length = File::open(directory.join(name)).ok()?.read(&mut content).ok()?;
+    let mut file = File::open(directory.join(name)).ok()?;
+    let length = loop {
+        match file.read(&mut content) {
+            Ok(length) => break length,
+            // Whoever waits for a device's lock is woken by the stop of the process, and by the host going to sleep.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return None,
+        }
+    };
     Some(String::from_utf8_lossy(content.get(..length)?).into_owned())
 }
 
