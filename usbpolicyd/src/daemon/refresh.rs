@@ -23,10 +23,12 @@ use crate::topology::Topology;
 impl Daemon {
     /// Reads sysfs and decides about everything. Waits for no device.
     pub(super) fn resync(&mut self) {
+        let scan = self.sysfs.scan_without_strings();
+        // Behind the reading, so that a slow one is not followed by the next at once.
         let now = now();
         self.resynced_at = Some(now);
         self.resync_at = now.saturating_add(SAFETY_INTERVAL);
-        match self.sysfs.scan_without_strings() {
+        match scan {
             Ok(scan) => {
                 tracing::debug!(devices = scan.devices.len(), "sysfs read");
                 self.last_scan = scan;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use vm_tests::play::{SHORT, instance, wait_driver, wait_until};
 use vm_tests::virtual_devices::{UsbIpDevice, plug_gadget, remove_gadget, wait_id};
-use vm_tests::{Host, HostConfig, Log, Mark, Process, UsbDevice, Usbpolicyd, progress, scenario};
+use vm_tests::{Host, HostConfig, Log, Mark, Plugged, Process, UsbDevice, Usbpolicyd, progress, scenario};
 
 /// Plug-ins on one bus: more than there are device numbers.
 const PLUG_INS: usize = 131;
@@ -199,10 +199,11 @@ fn devices_that_change_or_are_needed_stay_where_they_belong() -> Result<()> {
         let counting = start_counting(host)?;
         changes(host, &work, &lab)?;
         not_authorized(host, &work)?;
-        needed_by_the_host(host, &work)?;
+        let stick = needed_by_the_host(host, &work)?;
         finish_counting(&counting, &wrap)?;
-        // Last: it takes the authorization of all buses.
+        // It takes the authorization of all buses.
         beside_usbguard(host, &work)?;
+        root_file_system(host, &work, &stick)?;
         for log in [work.log(), lab.log(), wrap.log()] {
             ensure!(count(log, Mark::START, "WRONG DEVICE") == 0, "{}", log.tail(40));
         }
@@ -353,7 +354,7 @@ fn beside_usbguard(host: &Host, work: &Process) -> Result<()> {
 }
 
 /// A stick that the host works with, by way of a mapping, a loop device or as swap.
-fn needed_by_the_host(host: &Host, work: &Process) -> Result<()> {
+fn needed_by_the_host(host: &Host, work: &Process) -> Result<Plugged> {
     progress("a stick that the host needs");
     // Before its rule can see it: the host is at work already.
     host.run("usbpolicyctl vm pause work")?;
@@ -405,5 +406,24 @@ fn needed_by_the_host(host: &Host, work: &Process) -> Result<()> {
         wait_driver(host, &name, "usb-storage")?;
         wait_until(host, &format!("[ -b /dev/{disk} ]"))?;
     }
+    Ok(stick)
+}
+
+/// A stick mounted as the root directory. What is mounted there hides nothing from those who run already, and cannot be
+/// unmounted: the last step.
+fn root_file_system(host: &Host, work: &Process, stick: &Plugged) -> Result<()> {
+    progress("the root file system on a stick");
+    host.run("usbpolicyctl vm drain work")?;
+    let name = host.kernel_name(stick)?;
+    wait_driver(host, &name, "usb-storage")?;
+    wait_until(host, "ls /sys/block/sd* > /dev/null 2>&1")?;
+    let mark = work.log().here();
+    host.run("disk=/dev/$(basename $(ls -d /sys/block/sd* | tail -1)); mkfs.ext4 -q $disk && mount $disk /")?;
+    wait_until(host, "usbpolicyctl list --json | grep -q 'is mounted on /\\W'")?;
+    host.run("usbpolicyctl vm resume work")?;
+    wait_listed(host, &name, "protected")?;
+    let order = host.remote().try_run(&format!("usbpolicyctl attach {name} lab"), SHORT)?;
+    ensure!(order.status == 1 && order.transcript.contains("is mounted on /"), "{}", order.transcript);
+    ensure!(count(work.log(), mark, "attach ") == 0, "the root disk was taken from the host");
     Ok(())
 }
