@@ -331,8 +331,7 @@ impl Daemon {
         let awaited = self.instances.with_socket().into_iter().collect();
         self.inputs.push_back(Input::Started(awaited));
         self.pump();
-        self.resynced_at = Some(now());
-        self.resync_at = now().saturating_add(SAFETY_INTERVAL);
+        self.note_reading();
         // Complete from the first moment: instances tell next what they hold.
         self.strings.learn(&scan);
         self.last_scan = scan;

@@ -1,7 +1,8 @@
 //! The workers: threads for everything that can wait for a device, so that the daemon's loop never does.
 //!
 //! A job goes in by [`Workers::start`], its result comes out of [`Workers::finished`] after the event descriptor became
-//! readable. One device has at most one job at a time (the broker sees to that), so results need no order.
+//! readable. One device has at most one job at a time (the broker sees to that) and one reading of its strings, so results
+//! need no order.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};

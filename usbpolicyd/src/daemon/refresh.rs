@@ -25,9 +25,7 @@ impl Daemon {
     pub(super) fn resync(&mut self) {
         let scan = self.sysfs.scan_without_strings();
         // Behind the reading, so that a slow one is not followed by the next at once.
-        let now = now();
-        self.resynced_at = Some(now);
-        self.resync_at = now.saturating_add(SAFETY_INTERVAL);
+        self.note_reading();
         match scan {
             Ok(scan) => {
                 tracing::debug!(devices = scan.devices.len(), "sysfs read");
@@ -38,6 +36,13 @@ impl Daemon {
                 tracing::error!(%error, "cannot read /sys/bus/usb/devices; trying again");
             }
         }
+    }
+
+    /// sysfs was read now.
+    pub(super) fn note_reading(&mut self) {
+        let now = now();
+        self.resynced_at = Some(now);
+        self.resync_at = now.saturating_add(SAFETY_INTERVAL);
     }
 
     /// Takes the last reading with all strings that are known by now, and has those read that are not.
@@ -68,7 +73,7 @@ impl Daemon {
         }
     }
 
-    pub(super) fn take(&mut self, mut scan: Scan) {
+    fn take(&mut self, mut scan: Scan) {
         let keyboards = self.guards.assess(&mut scan);
         let now = now();
         let before: BTreeMap<DeviceId, Subject> =

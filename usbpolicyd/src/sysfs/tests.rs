@@ -241,6 +241,17 @@ fn huge_and_garbled_attributes_are_cut_and_replaced() {
 }
 
 #[test]
+fn relative_links_as_the_kernel_makes_them_lead_to_the_same_plug_in() {
+    let tree = Tree::new();
+    tree.plug("1-4.2", 4);
+    let absolute = tree.only();
+    let link = tree.path("bus/usb/devices/1-4.2");
+    fs::remove_file(&link).unwrap();
+    symlink("../../../devices/pci0000:00/0000:00:14.0/usb1/1-4/1-4.2", link).unwrap();
+    assert_eq!(tree.only(), absolute);
+}
+
+#[test]
 fn links_to_nowhere_are_skipped() {
     let tree = Tree::new();
     tree.plug("1-2", 4);
