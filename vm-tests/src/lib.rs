@@ -21,6 +21,7 @@ pub mod injection;
 pub mod log;
 pub mod mirror;
 pub mod modules;
+pub mod neighbours;
 pub mod patience;
 pub mod play;
 pub mod protocol;

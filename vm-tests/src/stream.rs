@@ -51,6 +51,9 @@ pub struct Report {
     pub sent_packets: u64,
     /// Bytes in each piece of time from the start.
     pub slots: Vec<u64>,
+    /// The start.
+    #[serde(skip)]
+    pub begun: Option<Instant>,
     /// The longest time from one end of a transfer to the next.
     pub longest_gap_ms: u64,
     /// The whole time.
@@ -186,6 +189,7 @@ impl Mover {
         mut finish: impl FnMut(&Reaped, &[PacketOutcome], &mut Report),
     ) -> Result<Report> {
         let begin = Instant::now();
+        self.report.begun = Some(begin);
         let mut last = begin;
         let mut submitted = 0;
         for _ in 0..self.shape.ahead.max(1) {

@@ -1,12 +1,13 @@
 //! `usb-stream --id 1209:0002 isochronous-in --seconds 2`: moves numbered data through usbfs, checks it, and prints one
 //! JSON object with what it saw. Also single requests whose time matters.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use serde_json::json;
+use vm_tests::neighbours;
 use vm_tests::stream::{self, Shape};
 
 /// Numbered data through usbfs.
@@ -39,13 +40,16 @@ enum Action {
     },
     /// A reset of the device, and how long it took.
     Reset,
-    /// Reads the start of a file again and again, and tells how long that takes: a file of debugfs that is a register.
-    ReadFile {
-        /// The file.
-        path: PathBuf,
-        /// When to stop.
-        #[arg(long, default_value_t = 2.0)]
-        seconds: f64,
+    /// From the bulk source, beside another device whose SET_INTERFACE hangs; see `vm_tests::neighbours`.
+    BesideHang {
+        /// The other device, vendor:product in hexadecimal.
+        other: String,
+        /// A file of debugfs that is a register of the controller.
+        #[arg(long)]
+        register: PathBuf,
+        /// How often it hangs.
+        #[arg(long, default_value_t = 2)]
+        hangs: u32,
     },
 }
 
@@ -86,10 +90,12 @@ impl ShapeArguments {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    if let Action::ReadFile { path, seconds } = &arguments.action {
-        return read_file(path, Duration::from_secs_f64(seconds.clamp(0.0, 3600.0)));
-    }
     let path = arguments.device.map_or_else(|| stream::find_node(&arguments.id), Ok)?;
+    if let Action::BesideHang { other, register, hangs } = &arguments.action {
+        let report = neighbours::measure(&path, &stream::find_node(other)?, register, *hangs)?;
+        println!("{}", serde_json::to_string(&report).context("report")?);
+        return Ok(());
+    }
     let file = stream::open(&path)?;
     let report = match arguments.action {
         Action::BulkIn(shape) => stream::bulk_in(file, shape.shape(false))?,
@@ -106,24 +112,9 @@ fn main() -> Result<()> {
             let result = file.reset();
             return tell(start, result);
         }
-        Action::ReadFile { .. } => return Ok(()),
+        Action::BesideHang { .. } => return Ok(()),
     };
     println!("{}", serde_json::to_string(&report).context("report")?);
-    Ok(())
-}
-
-fn read_file(path: &Path, time: Duration) -> Result<()> {
-    let start = Instant::now();
-    let (mut reads, mut worst) = (0_u32, Duration::ZERO);
-    while start.elapsed() < time {
-        // Opened anew: the file makes its text when it is opened.
-        let begun = Instant::now();
-        std::fs::read(path).with_context(|| format!("read {}", path.display()))?;
-        worst = worst.max(begun.elapsed());
-        reads += 1;
-    }
-    let mean_us = start.elapsed().as_secs_f64() * 1e6 / f64::from(reads.max(1));
-    println!("{}", json!({ "reads": reads, "mean_us": mean_us, "worst_us": worst.as_secs_f64() * 1e6 }));
     Ok(())
 }
 

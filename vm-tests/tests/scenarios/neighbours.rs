@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use vm_tests::remote::Process;
+use vm_tests::neighbours::{HANG, Report};
 use vm_tests::scenarios::Client;
 use vm_tests::virtual_devices::{UsbIpDevice, install, is_present, wait_id};
-use vm_tests::{Ended, Guest, HostConfig, Usbpolicyd, Usbvfiod, on_each_client, progress, scenario};
+use vm_tests::{Guest, Host, HostConfig, Usbpolicyd, Usbvfiod, on_each_client, progress, scenario};
 
 /// All devices of the harness go to vm1: 0001 is the neighbour, 0666 the one that misbehaves, 0667 what it turns into.
 const POLICY: &str = r#"
@@ -23,8 +23,11 @@ const NEIGHBOUR: &str = "1209:0001";
 const HOSTILE: &str = "1209:0666";
 const OTHER: &str = "1209:0667";
 
-/// Seconds of measurement, less than the time after which a guest is told that its SET_INTERFACE failed.
-const ROUND_SECONDS: u32 = 3;
+/// A register of the controller. debugfs reads it each time (xhci-debugfs.c xhci_portsc_show).
+const PORTSC: &str = "$(ls -d /sys/kernel/debug/usb/xhci/*/ports/port01/portsc)";
+
+/// The guest is told after at least so long that its SET_INTERFACE failed.
+const HANG_SEEN_SECONDS: f64 = 3.0;
 /// Something short in a guest on a busy machine; device requests that fail take 5 s each.
 const STEP_WITHIN: Duration = Duration::from_secs(120);
 
@@ -115,84 +118,25 @@ fn hostile_devices_hurt_no_neighbour(client: Client) -> Result<()> {
 }
 
 /// SET_INTERFACE of one device takes 5 s; meanwhile: the neighbour's throughput, and how long a register read takes.
-fn hang_in_set_interface(host: &vm_tests::Host, guest: &Guest, neighbour: &UsbIpDevice) -> Result<()> {
-    let slow = UsbIpDevice::plug(host, "identity", &["--delay-set-interface", "5000"])?;
+fn hang_in_set_interface(host: &Host, guest: &Guest, neighbour: &UsbIpDevice) -> Result<()> {
+    let hang = HANG.as_millis().to_string();
+    let slow = UsbIpDevice::plug(host, "identity", &["--delay-set-interface", &hang])?;
     wait_id(guest.remote(), HOSTILE)?;
-    let (mut alone, mut beside) = (Figures::default(), Figures::default());
-    for round in 0..2 {
-        alone.add(&measure(guest)?);
-        let argv = ["usb-stream", "--id", HOSTILE, "set-interface", "0"];
-        let request = guest.remote().spawn(&argv)?;
-        let figures = measure(guest)?;
-        let ended = request.wait(STEP_WITHIN)?;
-        let told: Value = serde_json::from_slice(&request.take_stdout())?;
-        ensure!(ended == Ended::Status(0), "{ended:?}: {told}");
-        // Else it did not hang, and nothing is shown.
-        let seconds = told["seconds"].as_f64().unwrap_or_default();
-        ensure!(seconds > f64::from(ROUND_SECONDS), "round {round}: {told}");
-        progress(&format!("round {round}: {told}, meanwhile {figures:?}"));
-        beside.add(&figures);
-    }
-    let change = |alone: f64, beside: f64| (beside / alone - 1.0) * 100.0;
-    progress(&format!(
-        "alone {alone:?}; beside a device that hangs {beside:?}: throughput {:+.1} %, register read {:+.1} %",
-        change(alone.bytes, beside.bytes),
-        change(alone.read_us, beside.read_us),
-    ));
-    // The percentages are for a person: a busy machine changes them more than a neighbour may. A loop that waited with
-    // the device that hangs would move next to nothing, and answer one read after seconds.
-    ensure!(beside.bytes * 3.0 > alone.bytes, "{alone:?} {beside:?}");
-    ensure!(beside.worst_us < 2e6, "{beside:?}");
+    let report: Report =
+        serde_json::from_value(stream(guest, &format!("beside-hang {HOSTILE} --register {PORTSC}"))?)?;
+    let (throughput, register_read) = report.changes();
+    progress(&format!("throughput {throughput:+.1} %, register read {register_read:+.1} %: {report:?}"));
+    ensure!(report.wrong == 0 && report.beside.reads > 0, "{report:?}");
+    // Else it did not hang, and nothing is shown.
+    ensure!(report.hangs.iter().all(|seconds| *seconds > HANG_SEEN_SECONDS), "{report:?}");
+    // The percentages are for a person (`make bench`): a busy machine changes them more than a neighbour may. A loop that
+    // waited with the device that hangs would move next to nothing, and answer one read after seconds.
+    ensure!(report.beside.rate() * 3.0 > report.alone.rate(), "{report:?}");
+    ensure!(report.beside.worst_us < 2e6, "{report:?}");
     let seen = neighbour.statistics()?;
     progress(&format!("neighbour: {seen}"));
     drop(slow);
     gone(guest, HOSTILE)
-}
-
-/// Totals of some rounds.
-#[derive(Debug, Default)]
-struct Figures {
-    bytes: f64,
-    reads: f64,
-    read_us: f64,
-    worst_us: f64,
-}
-
-impl Figures {
-    fn add(&mut self, other: &Self) {
-        let reads = self.reads + other.reads;
-        self.read_us = (self.read_us * self.reads + other.read_us * other.reads) / reads.max(1.0);
-        self.bytes += other.bytes;
-        self.reads = reads;
-        self.worst_us = self.worst_us.max(other.worst_us);
-    }
-}
-
-/// The neighbour streams, and a register is read again and again.
-fn measure(guest: &Guest) -> Result<Figures> {
-    let seconds = ROUND_SECONDS.to_string();
-    let start = |argv: &[&str]| guest.remote().spawn(argv);
-    let bulk = ["usb-stream", "--id", NEIGHBOUR, "bulk-in", "--size", "16384", "--seconds", &seconds];
-    let stream = start(&bulk)?;
-    // debugfs reads PORTSC from the controller each time (xhci-debugfs.c xhci_portsc_show).
-    let reads = start(&["sh", "-c", &format!("exec usb-stream read-file {PORTSC} --seconds {seconds}")])?;
-    let [stream, reads] = [&stream, &reads].map(report);
-    let (stream, reads) = (stream?, reads?);
-    let of = |value: &Value| value.as_f64().with_context(|| format!("{stream} {reads}"));
-    Ok(Figures {
-        bytes: of(&stream["bytes"])?,
-        reads: of(&reads["reads"])?,
-        read_us: of(&reads["mean_us"])?,
-        worst_us: of(&reads["worst_us"])?,
-    })
-}
-
-const PORTSC: &str = "$(ls -d /sys/kernel/debug/usb/xhci/*/ports/port01/portsc)";
-
-fn report(process: &Process) -> Result<Value> {
-    let ended = process.wait(STEP_WITHIN)?;
-    ensure!(ended == Ended::Status(0), "{ended:?}: {}", process.log().tail(5));
-    Ok(serde_json::from_slice(&process.take_stdout())?)
 }
 
 fn stream(guest: &Guest, action: &str) -> Result<Value> {
