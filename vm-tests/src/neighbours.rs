@@ -67,10 +67,7 @@ impl Report {
     /// Change of the throughput in percent, and of the time of a register read.
     pub fn changes(&self) -> (f64, f64) {
         let change = |alone: f64, beside: f64| (beside / alone - 1.0) * 100.0;
-        (
-            change(self.alone.rate(), self.beside.rate()),
-            change(self.alone.read_us, self.beside.read_us),
-        )
+        (change(self.alone.rate(), self.beside.rate()), change(self.alone.read_us, self.beside.read_us))
     }
 }
 
@@ -143,7 +140,8 @@ fn figures(windows: &[(Instant, Instant)], slots: &[u64], streamed_from: Instant
         slot_from = slot_to;
     }
     let mut sum_us = 0.0;
-    for read in reads.iter().filter(|read| windows.iter().any(|(from, to)| (from..to).contains(&&read.begun))) {
+    for read in reads.iter().filter(|read| windows.iter().any(|(from, to)| (from..to).contains(&&read.begun)))
+    {
         let us = read.took.as_secs_f64() * 1e6;
         figures.reads += 1;
         figures.worst_us = figures.worst_us.max(us);

@@ -16,7 +16,7 @@ pub(crate) const USB_HOST: &str = "QEMU usb-host";
 pub(crate) const BARE: &str = "a bare usbfs loop in the host";
 pub(crate) const PEER: &str = "Cyberus usbvfiod, Cloud Hypervisor";
 
-/// The last socket of one that has a serial adapter, see [`Way::socket`].
+/// The last socket of one that has USB/IP devices, see [`Way::socket`].
 pub(crate) const SOCKETS: u8 = 5;
 
 /// Looks for a disk, five in a second at most.
@@ -143,7 +143,7 @@ pub(crate) fn policy() -> String {
         let (vm, socket) = (way.vm(), way.socket());
         for matching in [
             format!("at = \"pci-0000:00:10.0/usb3:{socket}\""),
-            format!("id = \"1209:0003\", serial = \"{}\"", echo_serial(socket)),
+            format!("id = \"1209:*\", serial = \"{}\"", virtual_serial(socket)),
         ] {
             policy += &format!("[[assign]]\nvm = \"{vm}\"\nmatch = {{ {matching} }}\n");
         }
@@ -152,20 +152,21 @@ pub(crate) fn policy() -> String {
     policy
 }
 
-/// Serial number of the serial adapter that belongs to a socket.
-pub(crate) fn echo_serial(socket: u8) -> String {
-    format!("ECHO{socket}")
+/// Serial number of the USB/IP devices that belong to a socket.
+pub(crate) fn virtual_serial(socket: u8) -> String {
+    format!("VIRTUAL{socket}")
 }
 
 impl<'h> Contender<'h> {
-    /// Starts what it needs, with no device yet. `vhci_bus`: number of the bus of the serial adapters.
-    pub(crate) fn start(host: &'h Host, way: Way, vhci_bus: u32) -> Result<Self> {
+    /// Starts what it needs, with no device yet. `vhci_buses`: the buses of USB/IP devices.
+    pub(crate) fn start(host: &'h Host, way: Way, vhci_buses: &[u32]) -> Result<Self> {
         let (mut controller, mut peer) = (None, None);
         let config = match way {
             Way::Host | Way::Bare | Way::Transport => None,
             Way::UsbHost => {
                 let port = way.socket();
-                let devices = [1, 2, vhci_bus].map(|bus| format!("hostbus={bus},hostport={port}")).to_vec();
+                let buses = [&[1, 2], vhci_buses].concat();
+                let devices = buses.iter().map(|bus| format!("hostbus={bus},hostport={port}")).collect();
                 Some(GuestConfig::new(way.vm(), Vmm::QemuUsbHost { devices }))
             }
             Way::Peer => {

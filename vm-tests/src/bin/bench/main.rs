@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::Parser;
 use serde_json::Value;
-use vm_tests::virtual_devices::UsbIpDevice;
+use vm_tests::neighbours::{self, HANG};
+use vm_tests::virtual_devices::{self, UsbIpDevice};
 use vm_tests::{Host, HostConfig, Usbpolicyd, progress, slots};
 
 use clock::{Clock, Moment};
@@ -32,6 +33,11 @@ const IDLE_SECONDS: u32 = 10;
 const HANDOVERS: u32 = 4;
 /// Bytes there and back in one run.
 const ECHOES: u32 = 50;
+/// Hangs in one round.
+const HANGS: u32 = 4;
+/// The device beside one that hangs, and that one.
+const NEIGHBOUR: &str = "1209:0001";
+const HANGING: &str = "1209:0666";
 
 /// Speed, side by side.
 #[derive(Parser)]
@@ -45,7 +51,7 @@ struct Arguments {
     /// Only these, by parts of their names.
     #[arg(long)]
     only: Vec<String>,
-    /// Only these parts: hand-over, stick, uas, keyboard, serial.
+    /// Only these parts: hand-over, stick, uas, keyboard, serial, hang.
     #[arg(long)]
     part: Vec<String>,
     /// Also count the system calls of the USB processes, in runs of their own.
@@ -104,25 +110,25 @@ impl<'h> Bench<'h> {
         let host = self.host;
         // Several hold transfer memory at once; docs/user/install.md.
         host.run("echo 256 > /sys/module/usbcore/parameters/usbfs_memory_mb; modprobe -a vhci_hcd cdc_acm")?;
-        let vhci_bus = host.run(
-            "for hub in /sys/devices/platform/vhci_hcd.0/usb*; do \
-               [ $(cat $hub/speed) = 480 ] && cat $hub/busnum; done; true",
-        )?;
-        let vhci_bus = vhci_bus.trim().parse().context("bus of vhci_hcd")?;
+        let vhci_buses = host.run("cat /sys/devices/platform/vhci_hcd.0/usb*/busnum")?;
+        let vhci_buses: Vec<u32> = vhci_buses
+            .lines()
+            .map(|bus| bus.trim().parse().context("bus of vhci_hcd"))
+            .collect::<Result<_>>()?;
         let _policy = Usbpolicyd::start(host, &contender::policy())?;
         if self.arguments.has_part("hand-over") {
             self.hand_overs()?;
         }
-        if !["stick", "uas", "serial", "keyboard"].iter().any(|part| self.arguments.has_part(part)) {
+        if !["stick", "uas", "serial", "keyboard", "hang"].iter().any(|part| self.arguments.has_part(part)) {
             return Ok(());
         }
         for way in Way::available() {
             if !self.arguments.wants(way) {
                 continue;
             }
-            let started = Contender::start(host, way, vhci_bus).or_else(|error| {
+            let started = Contender::start(host, way, &vhci_buses).or_else(|error| {
                 progress(&format!("{} did not start, once more: {error:#}", way.name()));
-                Contender::start(host, way, vhci_bus)
+                Contender::start(host, way, &vhci_buses)
             });
             match started {
                 Ok(contender) => self.contenders.push(contender),
@@ -142,6 +148,9 @@ impl<'h> Bench<'h> {
         self.contenders.retain(|contender| contender.way != Way::Host);
         if self.arguments.has_part("keyboard") {
             self.keyboards()?;
+        }
+        if self.arguments.has_part("hang") {
+            self.hangs()?;
         }
         Ok(())
     }
@@ -302,22 +311,63 @@ impl<'h> Bench<'h> {
         Ok(())
     }
 
-    /// Each of these devices gets the port of `vhci_hcd` with the number of its contender's socket.
-    fn serial_adapters(&mut self) -> Result<()> {
+    /// A device for each contender. Each gets the port of `vhci_hcd` with the number of its contender's socket.
+    fn plug_virtual(
+        &mut self,
+        quantity: Quantity,
+        model: &str,
+        arguments: &[&str],
+    ) -> Result<Vec<UsbIpDevice>> {
         let mut devices = Vec::new();
         for socket in 1..=contender::SOCKETS {
-            let serial = contender::echo_serial(socket);
-            let device = UsbIpDevice::plug(self.host, "serial", &["--serial", &serial])?;
-            devices.push((device.kernel_name()?, device));
+            let serial = contender::virtual_serial(socket);
+            devices.push(UsbIpDevice::plug(self.host, model, &[&["--serial", &serial], arguments].concat())?);
         }
-        self.each(Quantity::EchoLatency, |contender, _, _| {
-            let (name, _) = &devices[usize::from(contender.way.socket()) - 1];
-            contender.hand_over(&contender::node(contender.host(), name)?)
+        self.each(quantity, |contender, _, _| {
+            let device = &devices[usize::from(contender.way.socket()) - 1];
+            contender.hand_over(&contender::node(contender.host(), &device.kernel_name()?)?)
         });
+        Ok(devices)
+    }
+
+    /// What a device moves beside another that hangs, against what it moves alone; and a register read.
+    fn hangs(&mut self) -> Result<()> {
+        let hang = HANG.as_millis().to_string();
+        let _neighbours = self.plug_virtual(Quantity::BesideHang, "bulk", &["--speed", "super"])?;
+        let _hanging =
+            self.plug_virtual(Quantity::BesideHang, "identity", &["--delay-set-interface", &hang])?;
+        self.each(Quantity::BesideHang, |contender, _, _| {
+            let guest = contender.guest().context("it has a guest")?;
+            virtual_devices::install(guest, "usb-stream")?;
+            virtual_devices::wait_id(guest.remote(), NEIGHBOUR)?;
+            virtual_devices::wait_id(guest.remote(), HANGING)
+        });
+        for round in 1..=self.arguments.rounds {
+            progress(&format!("beside a device that hangs, round {round}"));
+            self.each(Quantity::BesideHang, |contender, _, table| {
+                let script = format!(
+                    "usb-stream --id {NEIGHBOUR} beside-hang {HANGING} --hangs {HANGS} \
+                       --register $(ls -d /sys/kernel/debug/usb/xhci/*/ports/port01/portsc)"
+                );
+                let report: neighbours::Report = serde_json::from_value(contender.script(&script, WITHIN)?)?;
+                progress(&format!("{report:?}"));
+                let (throughput, register_read) = report.changes();
+                table.add(Quantity::BesideHang, contender.name(), throughput);
+                table.add(Quantity::ReadBesideHang, contender.name(), register_read);
+                table.add(Quantity::WorstReadAlone, contender.name(), report.alone.worst_us / 1e3);
+                table.add(Quantity::WorstReadBesideHang, contender.name(), report.beside.worst_us / 1e3);
+                Ok(())
+            });
+        }
+        Ok(())
+    }
+
+    fn serial_adapters(&mut self) -> Result<()> {
+        let _devices = self.plug_virtual(Quantity::EchoLatency, "serial", &[])?;
         for round in 1..=self.arguments.rounds {
             progress(&format!("serial adapters, round {round}"));
             self.each(Quantity::EchoLatency, |contender, _, table| {
-                let serial = contender::echo_serial(contender.way.socket());
+                let serial = contender::virtual_serial(contender.way.socket());
                 let script = format!(
                     "while :; do for tty in /sys/class/tty/ttyACM*; do \
                        [ \"$(cat $tty/device/../serial 2>/dev/null)\" = {serial} ] && break 2; done; \

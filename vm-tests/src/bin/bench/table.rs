@@ -25,10 +25,14 @@ pub(crate) enum Quantity {
     Handover,
     Plug,
     Pull,
+    BesideHang,
+    ReadBesideHang,
+    WorstReadAlone,
+    WorstReadBesideHang,
 }
 
 impl Quantity {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 19] = [
         Self::SequentialRead,
         Self::SequentialWrite,
         Self::RandomRead,
@@ -44,6 +48,10 @@ impl Quantity {
         Self::Handover,
         Self::Plug,
         Self::Pull,
+        Self::BesideHang,
+        Self::ReadBesideHang,
+        Self::WorstReadAlone,
+        Self::WorstReadBesideHang,
     ];
 
     const fn title(self) -> &'static str {
@@ -63,7 +71,16 @@ impl Quantity {
             Self::Handover => "host has the device → usbvfiod has it, by udev and usbpolicyd (ms)",
             Self::Plug => "host has the device → port change in the guest (ms)",
             Self::Pull => "host has lost the device → disconnect in the guest (ms)",
+            Self::BesideHang => "throughput while another device hangs, against alone (%)",
+            Self::ReadBesideHang => "time of a register read while another device hangs (%)",
+            Self::WorstReadAlone => "longest register read alone (ms)",
+            Self::WorstReadBesideHang => "longest register read while another device hangs (ms)",
         }
+    }
+
+    /// Whether it is a change in percent, of which a multiple says nothing.
+    const fn is_change(self) -> bool {
+        matches!(self, Self::BesideHang | Self::ReadBesideHang)
     }
 
     /// Digits behind the point.
@@ -155,7 +172,7 @@ impl Table {
         let lowest = figures.iter().copied().fold(f64::INFINITY, f64::min);
         let highest = figures.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let against = |other: &'static str| match self.median(quantity, other) {
-            Some(of) if of > 0.0 && other != row => format!("{:.2}", median / of),
+            Some(of) if of > 0.0 && other != row && !quantity.is_change() => format!("{:.2}", median / of),
             _ => "-".to_owned(),
         };
         let digits = quantity.digits();
