@@ -46,8 +46,12 @@ use crate::usbnode::{Nodes, Ready};
 
 /// sysfs is read again after so long even when no event came.
 const SAFETY_INTERVAL: Duration = Duration::from_secs(60);
-/// And at most this often.
-const RESYNC_GAP: Duration = Duration::from_millis(250);
+/// Between two readings of sysfs: so many times as long as the last one took. A storm of events then costs a fifth of a
+/// processor at most, and a device that is plugged right behind another does not wait on a fast host.
+const RESYNC_GAP_READINGS: u32 = 4;
+/// Bounds of that: a few events belong to one device; and nobody shall wait for long.
+const RESYNC_GAP_LEAST: Duration = Duration::from_millis(10);
+const RESYNC_GAP_MOST: Duration = Duration::from_millis(250);
 /// Most rounds of deciding and acting in one turn of the loop; what is left is done in the next turn.
 const ROUNDS_PER_TURN: usize = 8;
 
@@ -184,6 +188,8 @@ pub struct Daemon {
     up: Vec<VmName>,
     resync_at: Duration,
     resynced_at: Option<Duration>,
+    /// How long it took.
+    reading_took: Duration,
     /// The circumstances that decisions were last made in.
     judged: Option<Circumstances>,
     status: String,
@@ -278,6 +284,7 @@ impl Daemon {
             up: Vec::new(),
             resync_at: Duration::ZERO,
             resynced_at: None,
+            reading_took: Duration::ZERO,
             judged: None,
             status: String::new(),
             confined: !cli.no_sandbox,
@@ -318,6 +325,7 @@ impl Daemon {
 
     /// Subscribed already; now enumerate, then talk to the instances.
     fn start(&mut self) -> Result<(), StartError> {
+        let begun = now();
         let scan = self.sysfs.scan().map_err(|source| StartError::Sysfs {
             path: self.sysfs.root().join("bus/usb/devices"),
             source,
@@ -331,7 +339,7 @@ impl Daemon {
         let awaited = self.instances.with_socket().into_iter().collect();
         self.inputs.push_back(Input::Started(awaited));
         self.pump();
-        self.note_reading();
+        self.note_reading(begun);
         // Complete from the first moment: instances tell next what they hold.
         self.strings.learn(&scan);
         self.last_scan = scan;
@@ -431,7 +439,9 @@ impl Daemon {
             self.inputs.push_back(Input::Tick);
         }
         self.revoke_what_is_due(now);
-        if self.resync_at <= now {
+        // What is ready goes out before sysfs is read.
+        self.pump();
+        if self.resync_due() <= now {
             self.resync();
         }
         self.tell_of_silent_devices();
@@ -446,16 +456,22 @@ impl Daemon {
         self.tell_watchers();
     }
 
-    /// Reads sysfs as soon as the gap since the last time allows.
+    /// Reads sysfs as soon as [`Self::resync_due`] allows.
     fn resync_soon(&mut self) {
-        let earliest = self.resynced_at.map_or(Duration::ZERO, |at| at.saturating_add(RESYNC_GAP));
-        self.resync_at = self.resync_at.min(earliest.max(now()));
+        self.resync_at = self.resync_at.min(now());
+    }
+
+    /// When sysfs is read next. A device that is on its way to its VM does not wait for a reading: they come further apart
+    /// while the workers have something to do.
+    fn resync_due(&self) -> Duration {
+        let gap = if self.workers.are_busy() { RESYNC_GAP_MOST } else { gap_after(self.reading_took) };
+        self.resync_at.max(self.resynced_at.map_or(Duration::ZERO, |at| at.saturating_add(gap)))
     }
 
     fn timeout(&self, now: Duration) -> Duration {
         let watchdog = sd_notify::watchdog_enabled().map(|limit| now.saturating_add(limit / 2));
         let due = [
-            Some(self.resync_at),
+            Some(self.resync_due()),
             self.broker.deadline_after(now),
             self.instances.deadline(),
             self.inventory.deadline_after(now),
@@ -463,13 +479,18 @@ impl Daemon {
             self.strings.deadline(),
             watchdog,
         ];
-        let at = due.into_iter().flatten().min().unwrap_or(self.resync_at);
+        let at = due.into_iter().flatten().min().unwrap_or(now);
         at.saturating_sub(now)
     }
 
     fn queue(&mut self, inputs: Vec<Input>) {
         self.inputs.extend(inputs);
     }
+}
+
+/// How long sysfs is left alone after a reading that took so long.
+fn gap_after(reading: Duration) -> Duration {
+    reading.saturating_mul(RESYNC_GAP_READINGS).clamp(RESYNC_GAP_LEAST, RESYNC_GAP_MOST)
 }
 
 /// Listens for usbpolicyctl, or for those who want to be told what happens.
@@ -511,6 +532,14 @@ mod tests {
         );
         assert_eq!(Mode::from_command_line("usbpolicyd.mode=off"), Mode::Off);
         assert_eq!(Mode::from_command_line("xusbpolicyd.mode=off root=/dev/sda"), Mode::Normal);
+    }
+
+    #[test]
+    fn fast_host_is_read_again_soon_and_a_slow_one_keeps_most_of_its_time() {
+        let ms = Duration::from_millis;
+        assert_eq!(gap_after(Duration::ZERO), ms(10));
+        assert_eq!(gap_after(ms(12)), ms(48));
+        assert_eq!(gap_after(Duration::from_secs(3)), ms(250));
     }
 
     #[test]

@@ -61,6 +61,8 @@ pub struct Workers {
     readings: mpsc::Sender<Job>,
     done: mpsc::Receiver<Done>,
     wake: Arc<EventFd>,
+    /// Jobs whose result was not taken yet.
+    under_way: usize,
 }
 
 impl Workers {
@@ -83,21 +85,29 @@ impl Workers {
             Ok(jobs)
         };
         let (jobs, readings) = (queue("worker", THREADS)?, queue("reader", READERS)?);
-        Ok(Self { jobs, readings, done, wake })
+        Ok(Self { jobs, readings, done, wake, under_way: 0 })
     }
 
     /// Hands a job to the next free worker.
-    pub fn start(&self, job: Job) {
+    pub fn start(&mut self, job: Job) {
+        self.under_way = self.under_way.saturating_add(1);
         let queue = if matches!(job, Job::ReadStrings(_)) { &self.readings } else { &self.jobs };
         // The workers end only with us.
         let _ = queue.send(job);
     }
 
     /// Takes all results that are there.
-    pub fn finished(&self) -> Vec<Done> {
+    pub fn finished(&mut self) -> Vec<Done> {
         // Empty is normal: the results of two wakes may have been taken at the first.
         let _ = self.wake.read();
-        self.done.try_iter().collect()
+        let done: Vec<Done> = self.done.try_iter().collect();
+        self.under_way = self.under_way.saturating_sub(done.len());
+        done
+    }
+
+    /// Whether a job is under way.
+    pub const fn are_busy(&self) -> bool {
+        self.under_way > 0
     }
 }
 
@@ -140,5 +150,33 @@ fn run(nodes: &Nodes, job: Job) -> Done {
             Done::Strings(order, strings)
         }
         Job::Revoke(id, device) => Done::Revoked(id, nodes.cycle_port(&device)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+    use super::*;
+    use crate::sysfs::tests::Tree;
+
+    #[test]
+    fn workers_are_busy_until_their_results_are_taken() {
+        let tree = Tree::new();
+        tree.plug("1-1", 3);
+        let device = tree.scan().devices.remove(0);
+        let mut workers = Workers::new(&Nodes::default()).unwrap();
+        assert!(!workers.are_busy() && workers.finished().is_empty());
+        for number in 1..=3 {
+            workers.start(Job::Release(DeviceId(number), Box::new(device.clone()), OnRelease::Hold, false));
+        }
+        let mut taken = 0;
+        while taken < 3 {
+            assert!(workers.are_busy());
+            poll(&mut [PollFd::new(workers.as_fd(), PollFlags::POLLIN)], PollTimeout::from(20_000_u16))
+                .unwrap();
+            taken += workers.finished().len();
+        }
+        assert!(!workers.are_busy());
     }
 }

@@ -23,12 +23,14 @@ use crate::topology::Topology;
 impl Daemon {
     /// Reads sysfs and decides about everything. Waits for no device.
     pub(super) fn resync(&mut self) {
+        let begun = now();
         let scan = self.sysfs.scan_without_strings();
         // Behind the reading, so that a slow one is not followed by the next at once.
-        self.note_reading();
+        self.note_reading(begun);
         match scan {
             Ok(scan) => {
-                tracing::debug!(devices = scan.devices.len(), "sysfs read");
+                let took_us = self.reading_took.as_micros();
+                tracing::debug!(devices = scan.devices.len(), took_us, "sysfs read");
                 self.last_scan = scan;
                 self.take_last();
             }
@@ -38,9 +40,10 @@ impl Daemon {
         }
     }
 
-    /// sysfs was read now.
-    pub(super) fn note_reading(&mut self) {
+    /// sysfs was read now; it began at `begun`.
+    pub(super) fn note_reading(&mut self, begun: Duration) {
         let now = now();
+        self.reading_took = now.saturating_sub(begun);
         self.resynced_at = Some(now);
         self.resync_at = now.saturating_add(SAFETY_INTERVAL);
     }
