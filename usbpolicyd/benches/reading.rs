@@ -116,7 +116,9 @@ fn main() {
     let sysfs = Sysfs::new(&tree.0);
     let (mut cache, mut guards) = (StringCache::default(), Guards::new(&tree.0, "/proc"));
     let first = sysfs.scan().unwrap();
-    cache.learn(&first);
+    for one in &first.devices {
+        cache.recall(one.plug.clone(), one.facts.authorized, one.facts.strings());
+    }
     let policy = compile(&load_one("policy.toml", POLICY).unwrap().policy, &first.topology);
     println!("{} devices, {} hubs with ports, {ROUNDS} rounds", first.devices.len(), first.hubs.len());
     let read = || sysfs.scan_without_strings().unwrap();

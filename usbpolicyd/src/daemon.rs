@@ -55,6 +55,9 @@ const RESYNC_GAP_MOST: Duration = Duration::from_millis(250);
 /// Most rounds of deciding and acting in one turn of the loop; what is left is done in the next turn.
 const ROUNDS_PER_TURN: usize = 8;
 
+/// At the start, devices are waited for so long: a request of a driver ends after 5 s.
+const START_PATIENCE: Duration = Duration::from_secs(6);
+
 /// The daemon cannot start, or cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -326,7 +329,7 @@ impl Daemon {
     /// Subscribed already; now enumerate, then talk to the instances.
     fn start(&mut self) -> Result<(), StartError> {
         let begun = now();
-        let scan = self.sysfs.scan().map_err(|source| StartError::Sysfs {
+        let scan = self.sysfs.scan_without_strings().map_err(|source| StartError::Sysfs {
             path: self.sysfs.root().join("bus/usb/devices"),
             source,
         })?;
@@ -340,9 +343,11 @@ impl Daemon {
         self.inputs.push_back(Input::Started(awaited));
         self.pump();
         self.note_reading(begun);
-        // Complete from the first moment: instances tell next what they hold.
-        self.strings.learn(&scan);
         self.last_scan = scan;
+        for (plug, authorized, strings) in self.record.strings() {
+            self.strings.recall(plug, authorized, strings);
+        }
+        self.await_strings().map_err(kernel("poll"))?;
         self.take_last();
         let inputs = self.instances.look(now());
         self.queue(inputs);

@@ -312,7 +312,7 @@ pub struct DeviceFacts {
 }
 
 /// What a device calls itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Strings {
     /// `iSerialNumber`.
     pub serial: Option<String>,

@@ -13,11 +13,12 @@ use common::ids::{BusAddress, DeviceId, VmName};
 use serde::{Deserialize, Serialize};
 
 use crate::broker::Touched;
+use crate::facts::Strings;
 use crate::sysfs::Plug;
 
 /// Version of the file's format.
 const VERSION: u32 = 1;
-/// Largest file that is read. A thousand devices take a fifth of it.
+/// Largest file that is read. A thousand devices with the usual strings take a third of it.
 const FILE_MAX: u64 = 1 << 20;
 
 /// One device that the host's drivers may not have, by our doing.
@@ -40,6 +41,16 @@ pub struct Given {
     /// Its file cannot take it from the host's drivers: its port has to stay claimed.
     #[serde(default)]
     pub confined: bool,
+    /// What it calls itself, and whether it was authorized when that was read: it may hang, in a request of its VM, when
+    /// the next run starts.
+    #[serde(default)]
+    pub strings: Option<(bool, Strings)>,
+}
+
+impl Given {
+    fn plug(&self) -> Plug {
+        Plug { syspath: self.syspath.clone(), inode: self.inode, address: self.address }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -75,13 +86,12 @@ impl Record {
             }
         };
         let recalled = given.iter().map(|one| {
-            let plug = Plug { syspath: one.syspath.clone(), inode: one.inode, address: one.address };
             let touched = match (&one.vm, one.deauthorized) {
                 (Some(vm), _) => Touched::Given(vm.clone()),
                 (None, true) => Touched::Deauthorized,
                 (None, false) => Touched::Taken,
             };
-            (plug, (one.id, touched))
+            (one.plug(), (one.id, touched))
         });
         let recalled = recalled.collect();
         let record = Self { path: path.to_owned(), boot_id: boot_id.to_owned(), written: given };
@@ -91,6 +101,14 @@ impl Record {
     /// The devices whose files are confined, of those that a former run left or that were written last.
     pub fn confined(&self) -> BTreeSet<DeviceId> {
         self.written.iter().filter(|one| one.confined).map(|one| one.id).collect()
+    }
+
+    /// The strings of the devices that a former run left, or that were written last.
+    pub fn strings(&self) -> impl Iterator<Item = (Plug, bool, Strings)> {
+        self.written.iter().filter_map(|one| {
+            let (authorized, strings) = one.strings.clone()?;
+            Some((one.plug(), authorized, strings))
+        })
     }
 
     /// Replaces the content, in one step. Does nothing when it is the same.
@@ -134,6 +152,7 @@ mod tests {
             inode: 99,
             address: BusAddress { bus: 1, device: 2 },
             confined: false,
+            strings: Some((true, Strings { serial: Some("4C53".to_owned()), ..Strings::default() })),
         }
     }
 
@@ -144,7 +163,11 @@ mod tests {
         let (mut record, recalled) = Record::open(&path, "boot-1");
         assert!(recalled.is_empty());
         record.write(vec![given()]).unwrap();
-        let (_, recalled) = Record::open(&path, "boot-1");
+        let (record, recalled) = Record::open(&path, "boot-1");
+        assert_eq!(
+            record.strings().map(|(_, _, strings)| Some(strings)).collect::<Vec<_>>(),
+            [given().strings.map(|(_, strings)| strings)]
+        );
         let work = Touched::Given("work".parse().unwrap());
         assert_eq!(recalled.into_values().collect::<Vec<_>>(), [(DeviceId(7), work)]);
         assert!(Record::open(&path, "boot-2").1.is_empty());

@@ -42,12 +42,9 @@ pub struct StringCache {
 }
 
 impl StringCache {
-    /// Takes over the strings of a scan that read all of them.
-    pub fn learn(&mut self, scan: &Scan) {
-        for present in &scan.devices {
-            let read = Some((present.facts.authorized, present.facts.strings()));
-            self.known.insert(present.plug.clone(), Known { read, ..Known::default() });
-        }
+    /// Takes over what a former run of this daemon knew of a device that it gave away.
+    pub fn recall(&mut self, plug: Plug, authorized: bool, strings: Strings) {
+        self.known.insert(plug, Known { read: Some((authorized, strings)), ..Known::default() });
     }
 
     /// Fills in the strings that are known, takes out the devices that have none yet, and says what is to be read now.
@@ -147,7 +144,8 @@ mod tests {
     fn strings_are_read_again_after_authorization_and_the_old_ones_hold_until_then() {
         let (tree, mut cache) = (Tree::new(), StringCache::default());
         let directory = tree.plug("1-1", 3);
-        cache.learn(&tree.scan());
+        let (_, orders) = look(&mut cache, &tree);
+        carry_out(&mut cache, orders);
         put(&directory, "serial", "other\n");
         assert_eq!(look(&mut cache, &tree), (vec![Some("4C53".to_owned())], vec![]));
         put(&directory, "authorized", "0\n");
@@ -155,6 +153,16 @@ mod tests {
         assert_eq!(there, [Some("4C53".to_owned())]);
         carry_out(&mut cache, orders);
         assert_eq!(look(&mut cache, &tree), (vec![Some("other".to_owned())], vec![]));
+    }
+
+    #[test]
+    fn device_that_a_former_run_gave_away_is_there_without_being_read() {
+        let (tree, mut cache) = (Tree::new(), StringCache::default());
+        let directory = tree.plug("1-1", 3);
+        let given = tree.scan().devices.remove(0);
+        put(&directory, "serial", "hangs\n");
+        cache.recall(given.plug, given.facts.authorized, given.facts.strings());
+        assert_eq!(look(&mut cache, &tree), (vec![Some("4C53".to_owned())], vec![]));
     }
 
     #[test]

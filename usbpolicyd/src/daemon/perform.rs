@@ -59,7 +59,8 @@ impl Daemon {
             return Ok(());
         }
         let given = self.broker.touched().filter_map(|(id, touched)| {
-            let plug = &self.inventory.get(id)?.present.plug;
+            let present = &self.inventory.get(id)?.present;
+            let (plug, facts) = (&present.plug, &present.facts);
             Some(Given {
                 id,
                 vm: touched.holder().cloned(),
@@ -68,6 +69,7 @@ impl Daemon {
                 inode: plug.inode,
                 address: plug.address,
                 confined: self.confined_files.contains(&id),
+                strings: Some((facts.authorized, facts.strings())),
             })
         });
         let given = given.collect();

@@ -1,17 +1,20 @@
 //! Reading sysfs and the policy, deciding, and telling the broker.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use common::ids::DeviceId;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::{Circumstances, Daemon, Mode, SAFETY_INTERVAL, now};
+use super::{Circumstances, Daemon, Mode, SAFETY_INTERVAL, START_PATIENCE, now};
 use crate::audit::{Kind, Note, Subject};
 use crate::broker::{Input, Touched};
 use crate::facts::Strings;
 use crate::inventory::Item;
-use crate::jobs::Job;
+use crate::jobs::{Done, Job};
 use crate::policy::compile::compile;
 use crate::policy::decide::{Context, Verdict};
 use crate::policy::load::{Layer, load};
@@ -55,6 +58,32 @@ impl Daemon {
             self.workers.start(Job::ReadStrings(order));
         }
         self.take(scan);
+    }
+
+    /// At the start: has all strings read that the last run did not leave, and waits for them, so that the inventory is
+    /// complete when the instances tell what they hold. Nothing else is under way yet.
+    pub(super) fn await_strings(&mut self) -> nix::Result<()> {
+        let deadline = now().saturating_add(START_PATIENCE);
+        for order in self.strings.complete(now(), &mut self.last_scan.clone()) {
+            self.workers.start(Job::ReadStrings(order));
+        }
+        while self.workers.are_busy() {
+            let left = deadline.saturating_sub(now());
+            if left.is_zero() {
+                break;
+            }
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+            match poll(&mut [PollFd::new(self.workers.as_fd(), PollFlags::POLLIN)], timeout) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno),
+            }
+            for done in self.workers.finished() {
+                if let Done::Strings(order, strings) = done {
+                    self.strings_arrived(order, strings);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// A worker has read the strings of a device.
