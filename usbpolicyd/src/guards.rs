@@ -15,7 +15,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::facts::{HostUse, HostUseKind, HostUseLevel};
-use crate::sysfs::{Scan, text};
+use crate::sysfs::{Scan, resolve, text};
 
 /// Most entries of one directory of `/sys/class` that are looked at.
 const ENTRIES_MAX: usize = 16_384;
@@ -61,7 +61,10 @@ impl Guards {
         if let Some(swaps) = block::read_swaps(&self.proc) {
             self.swaps = swaps;
         }
-        let disks = block::read_disks(&self.sys);
+        let disks = class_devices(&self.sys, "block");
+        // What is stacked on what is asked only where a stack may stand on USB.
+        let has_disk = disks.iter().any(|path| owner(scan, path).is_some());
+        let disks = if has_disk { block::read_disks(disks) } else { Vec::new() };
         let links = net::read_links(&self.sys, &self.proc);
         let consoles = self.consoles();
         let mut uses: BTreeMap<PathBuf, Vec<HostUse>> = BTreeMap::new();
@@ -139,6 +142,6 @@ fn owner(scan: &Scan, path: &Path) -> Option<PathBuf> {
 /// Real paths of all devices of one class.
 fn class_devices(sys: &Path, class: &str) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(sys.join("class").join(class)) else { return Vec::new() };
-    let paths = entries.take(ENTRIES_MAX).filter_map(|entry| fs::canonicalize(entry.ok()?.path()).ok());
+    let paths = entries.take(ENTRIES_MAX).filter_map(|entry| resolve(&entry.ok()?.path()));
     paths.collect()
 }

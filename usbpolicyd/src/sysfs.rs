@@ -309,9 +309,9 @@ fn read_connect_type(port: &Path) -> ConnectType {
     }
 }
 
-/// Where a link of `/sys/bus/usb/devices` leads. sysfs has no links on the way there, so it is enough to read this one:
-/// asking the kernel about each directory above (`canonicalize`) takes a dozen system calls for each device.
-fn resolve(link: &Path) -> Option<PathBuf> {
+/// Where a link of `/sys/bus/usb/devices` or of a class leads. sysfs has no links on the way there, so it is enough to read
+/// this one: asking the kernel about each directory above (`canonicalize`) takes a dozen system calls for each device.
+pub(crate) fn resolve(link: &Path) -> Option<PathBuf> {
     let mut path = link.parent()?.to_owned();
     for part in fs::read_link(link).ok()?.components() {
         match part {

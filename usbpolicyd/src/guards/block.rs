@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::stat::{major, minor};
 
-use super::class_devices;
 use crate::facts::{HostUse, HostUseKind, HostUseLevel};
 use crate::sysfs::text;
 
@@ -113,8 +112,8 @@ fn read_list(path: &Path) -> Option<String> {
     Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// All block devices.
-pub(super) fn read_disks(sys: &Path) -> Vec<Disk> {
+/// What block devices are made of, by their directories.
+pub(super) fn read_disks(paths: Vec<PathBuf>) -> Vec<Disk> {
     let read = |path: PathBuf| {
         let name = path.file_name()?.to_str()?.to_owned();
         let number = DeviceNumber::parse(&text(&path, "dev")?)?;
@@ -124,7 +123,7 @@ pub(super) fn read_disks(sys: &Path) -> Vec<Disk> {
         let backing = text(&path, "loop/backing_file").map(|file| PathBuf::from(file.trim_end_matches('\n')));
         Some(Disk { path, name, number, holders, backing })
     };
-    class_devices(sys, "block").into_iter().filter_map(read).collect()
+    paths.into_iter().filter_map(read).collect()
 }
 
 /// What the host does with a disk and with all that is stacked on it.
