@@ -59,6 +59,17 @@ pub fn stage(from: &Path, to: &Path) -> Result<()> {
         .with_context(|| format!("put {} to {}", from.display(), to.display()))
 }
 
+/// Puts what [`crate::daemons::INSTALL`] installs into the shared directory.
+pub(crate) fn stage_packaging(share: &Path) -> Result<()> {
+    let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging");
+    for file in ["sysusers.d/usbpolicyd.conf", "tmpfiles.d/usbpolicyd.conf", "udev/70-usbpolicyd.rules"] {
+        let (from, to) = (packaging.join(file), share.join("packaging").join(file));
+        std::fs::create_dir_all(to.parent().unwrap_or(share))?;
+        std::fs::copy(&from, &to).with_context(|| format!("copy {}", from.display()))?;
+    }
+    Ok(())
+}
+
 /// A program without its debug information, most of its size: an emulated guest takes seconds to unpack that.
 pub fn stripped(program: &Path) -> Result<Vec<u8>> {
     let file = tempfile::NamedTempFile::new()?;

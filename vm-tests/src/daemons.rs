@@ -148,18 +148,19 @@ pub fn list(host: &Host) -> Result<Value> {
 
 /// Users, groups, the udev rule and the directories of our packages; once per host.
 fn prepare(host: &Host) -> Result<()> {
-    host.run(
-        "[ -e /run/usbvfiod ] && exit; set -e; cd /stage/packaging; \
-         systemd-sysusers sysusers.d/usbpolicyd.conf; \
-         systemd-tmpfiles --create tmpfiles.d/usbpolicyd.conf; \
-         install -d -o usbpolicyd -g usbpolicyd -m 0700 /var/lib/usbpolicyd; \
-         mkdir -p /etc/udev/rules.d /etc/usbpolicyd; cp udev/70-usbpolicyd.rules /etc/udev/rules.d/; \
-         udevadm control --reload; udevadm trigger --action=change --subsystem-match=usb; udevadm settle",
-    )
-    .map(drop)
+    host.run(&format!("[ -e /run/usbvfiod ] && exit; set -e; {INSTALL}")).map(drop)
 }
 
-fn as_user(user: &str) -> Vec<String> {
+/// The same in words of a shell; `packaging/` of this repository is in `/stage`.
+pub const INSTALL: &str = "cd /stage/packaging; \
+     systemd-sysusers sysusers.d/usbpolicyd.conf; \
+     systemd-tmpfiles --create tmpfiles.d/usbpolicyd.conf; \
+     install -d -o usbpolicyd -g usbpolicyd -m 0700 /var/lib/usbpolicyd; \
+     mkdir -p /etc/udev/rules.d /etc/usbpolicyd; cp udev/70-usbpolicyd.rules /etc/udev/rules.d/; \
+     udevadm control --reload; udevadm trigger --action=change --subsystem-match=usb; udevadm settle";
+
+/// Words before a command that is to run as one of our users, confined as a unit confines it.
+pub fn as_user(user: &str) -> Vec<String> {
     let confined = ["--clear-groups", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", "--"];
     let identity = ["setpriv", "--reuid", user, "--regid", "usbpolicyd"];
     identity.into_iter().chain(confined).map(str::to_owned).collect()

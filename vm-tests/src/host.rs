@@ -1,7 +1,7 @@
 //! The host under test: a virtual machine with USB controllers and Debian's kernel, in which our daemons and the guests run.
 
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -145,12 +145,7 @@ impl Host {
         if let Some(peer) = std::env::var_os("PEER_USBVFIOD").map(PathBuf::from) {
             binaries::stage(&peer.with_file_name("remote"), &share.join("bin/peer-remote"))?;
         }
-        let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging");
-        for file in ["sysusers.d/usbpolicyd.conf", "tmpfiles.d/usbpolicyd.conf", "udev/70-usbpolicyd.rules"] {
-            let (from, to) = (packaging.join(file), share.join("packaging").join(file));
-            std::fs::create_dir_all(to.parent().unwrap_or(&share))?;
-            std::fs::copy(&from, &to).with_context(|| format!("copy {}", from.display()))?;
-        }
+        binaries::stage_packaging(&share)?;
         std::fs::write(share.join("host-start.sh"), include_bytes!("host-start.sh"))?;
         std::fs::write(
             share.join("guest.initramfs"),

@@ -124,8 +124,13 @@ pub fn lock(path: &Path) -> Result<Flock<File>> {
 }
 
 fn recipe_hash() -> u64 {
+    hash_of(&(SUITE, BACKPORTS, PACKAGES, PIN, PRUNED, CUSTOMIZE))
+}
+
+/// Of a recipe, for the name of what it makes.
+pub(crate) fn hash_of(recipe: &impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
-    (SUITE, BACKPORTS, PACKAGES, PIN, PRUNED, CUSTOMIZE).hash(&mut hasher);
+    recipe.hash(&mut hasher);
     hasher.finish()
 }
 

@@ -33,6 +33,7 @@ pub mod slots;
 pub mod smart_card;
 pub mod stream;
 pub mod uevents;
+pub mod uml;
 pub mod usbip;
 pub mod usbtest;
 pub mod virtual_devices;

@@ -7,6 +7,7 @@
 mod clock;
 mod contender;
 mod table;
+mod unemulated;
 
 use std::time::{Duration, Instant};
 
@@ -51,7 +52,8 @@ struct Arguments {
     /// Only these, by parts of their names.
     #[arg(long)]
     only: Vec<String>,
-    /// Only these parts: hand-over, stick, uas, keyboard, serial, hang.
+    /// Only these parts: hand-over, stick, uas, keyboard, serial, hang. And one that runs only when it is named: uml,
+    /// the hand-over without emulation, for which it makes a kernel of its own once.
     #[arg(long)]
     part: Vec<String>,
     /// Also count the system calls of the USB processes, in runs of their own.
@@ -74,6 +76,14 @@ fn main() -> Result<()> {
     vm_tests::binaries::directory()?;
     progress("waiting for a free place");
     let _slot = slots::Slot::acquire()?;
+    if arguments.part.iter().any(|part| part == "uml") {
+        let mut table = Table::default();
+        unemulated::hand_overs(arguments.rounds, &mut table)?;
+        println!("\nUser-Mode Linux, not emulated.\n{}", table.render());
+        if arguments.part.len() == 1 {
+            return Ok(());
+        }
+    }
     let host = Host::boot(&HostConfig { memory_mib: 4096, ..HostConfig::default() })?;
     let mut bench = Bench::new(&host, arguments)?;
     let (started, cpu_before) = (Instant::now(), host.cpu_time()?);
@@ -223,15 +233,8 @@ impl<'h> Bench<'h> {
         progress("hand-overs");
         let rounds = self.arguments.rounds.saturating_mul(HANDOVERS);
         let command = format!("hand-over-latency {rounds} {}", contender::LATENCY);
-        let said: Value = serde_json::from_str(&self.host.remote().run_within(&command, WITHIN)?)?;
-        for (name, quantity) in
-            [("kernel", Quantity::Probe), ("udev", Quantity::UdevEvent), ("usbpolicyd", Quantity::File)]
-        {
-            for ms in said[name].as_array().context("no times")? {
-                self.table.add(quantity, "usbpolicyd", ms.as_f64().context("no number")?);
-            }
-        }
-        Ok(())
+        let said = self.host.remote().run_within(&command, WITHIN)?;
+        add_hand_overs(&said, "usbpolicyd", &mut self.table)
     }
 
     fn sticks(&mut self) -> Result<()> {
@@ -381,6 +384,19 @@ impl<'h> Bench<'h> {
         }
         Ok(())
     }
+}
+
+/// What `hand-over-latency` said.
+fn add_hand_overs(said: &str, row: &'static str, table: &mut Table) -> Result<()> {
+    let said: Value = serde_json::from_str(said).with_context(|| format!("hand-over-latency said {said}"))?;
+    for (name, quantity) in
+        [("kernel", Quantity::Probe), ("udev", Quantity::UdevEvent), ("usbpolicyd", Quantity::File)]
+    {
+        for ms in said[name].as_array().context("no times")? {
+            table.add(quantity, row, ms.as_f64().context("no number")?);
+        }
+    }
+    Ok(())
 }
 
 /// Moves as much as goes in the time, and counts what the USB process works for it.
