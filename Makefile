@@ -6,6 +6,8 @@
 
 CARGO ?= cargo
 export CARGO_TERM_COLOR ?= auto
+# An error of a test says what went wrong; frames of the test runner behind it hide that in a cut log.
+export RUST_LIB_BACKTRACE ?= 0
 
 .PHONY: all setup build check test vm-test demo bench man install deb
 

@@ -70,6 +70,9 @@ pub fn scenario(config: &HostConfig, body: impl Fn(&Host) -> Result<()>) -> Resu
     let host = Host::boot(config)?;
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| body(&host)));
     if !matches!(outcome, Ok(Ok(()))) {
+        if let Ok(Err(error)) = &outcome {
+            progress(&format!("failed: {error:#}"));
+        }
         eprintln!("{}", host.report());
     }
     outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic))

@@ -2,7 +2,8 @@
 //!
 //! A limit that suits an idle machine is too short on a busy one, and one that suits a busy machine makes a real hang
 //! take minutes. The kernel tells the two apart: it counts how long each thread of the virtual host's QEMU was ready to
-//! run and had to wait for a processor (`/proc/PID/task/TID/schedstat`, second field). That time is given back.
+//! run and had to wait for a processor (`/proc/PID/task/TID/schedstat`, second field), and, where this machine is a
+//! virtual one itself, how long its processors were given to others (`/proc/stat`, steal). That time is given back.
 
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
@@ -65,9 +66,16 @@ fn remaining(within: Duration, waited: Duration, starved: Duration) -> Duration 
     within.saturating_sub(waited.saturating_sub(starved))
 }
 
-/// How long the busiest thread of each virtual host of this test has waited for a processor so far.
+/// How long the busiest thread of each virtual host of this test has waited for a processor so far, and how long this
+/// machine's processors were away. Those of all together: which of them the host would have run on nobody knows.
 fn starved() -> Duration {
-    HOSTS.with_borrow(|hosts| hosts.iter().map(|&process| longest_wait(process)).sum())
+    HOSTS.with_borrow(|hosts| {
+        if hosts.is_empty() {
+            return Duration::ZERO;
+        }
+        let stolen = std::fs::read_to_string("/proc/stat").ok().and_then(|text| steal(&text));
+        hosts.iter().map(|&process| longest_wait(process)).sum::<Duration>() + stolen.unwrap_or_default()
+    })
 }
 
 fn longest_wait(process: u32) -> Duration {
@@ -77,6 +85,14 @@ fn longest_wait(process: u32) -> Duration {
         run_delay(&text)
     });
     waits.max().unwrap_or_default()
+}
+
+/// `/proc/stat`: of all processors together user, nice, system, idle, iowait, irq, softirq, steal, in hundredths of a second
+/// (`USER_HZ`, the same on all architectures we run on).
+fn steal(stat: &str) -> Option<Duration> {
+    let hundredths: u64 =
+        stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace().nth(7)?.parse().ok()?;
+    Some(Duration::from_millis(hundredths.saturating_mul(10)))
 }
 
 /// `schedstat`: nanoseconds on a processor, nanoseconds of waiting for one, number of turns.
@@ -111,9 +127,18 @@ mod tests {
     }
 
     #[test]
-    fn this_kernel_counts_the_waiting_of_threads() {
+    fn eighth_figure_of_all_processors_is_what_was_stolen() {
+        let text = "cpu  187127 0 20979 719319 1824 0 393 1307 5 0\ncpu0 1 2 3 4 5 6 7 8 9 0\n";
+        assert_eq!(steal(text), Some(Duration::from_millis(13_070)));
+        assert_eq!(steal("cpu0 1 2 3 4 5 6 7 8 9 0\n"), None);
+    }
+
+    #[test]
+    fn this_kernel_counts_the_waiting_of_threads_and_what_is_stolen() {
         let own = std::fs::read_to_string("/proc/self/schedstat").unwrap();
         assert!(run_delay(&own).is_some(), "{own}");
+        let all = std::fs::read_to_string("/proc/stat").unwrap();
+        assert!(steal(&all).is_some(), "{all}");
     }
 
     #[test]

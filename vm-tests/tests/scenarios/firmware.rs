@@ -19,7 +19,7 @@ match = { id = ["46f4:0001", "0627:0001"] }
 "#;
 
 /// Power on until firmware has done what it was asked for; it waits some seconds here and there.
-const FIRMWARE_WITHIN: Duration = Duration::from_secs(300);
+const FIRMWARE_WITHIN: Duration = Duration::from_secs(600);
 
 /// What the boot sector reads: 64 pieces of 32 KiB.
 const BOOT_READS_BYTES: usize = 2 << 20;

@@ -13,7 +13,7 @@ fn the_kernel_behaves_as_the_sheet_of_facts_says() -> Result<()> {
         let mut known: BTreeMap<&str, Plugged> = BTreeMap::new();
         let mut mark = Mark::START;
         loop {
-            let line = probes.log().wait_after(mark, "", 2 * SHORT)?;
+            let line = probes.log().wait_after(mark, "", 5 * SHORT)?;
             mark = line.mark;
             let words: Vec<&str> = line.text.split_whitespace().collect();
             match words.as_slice() {
