@@ -15,9 +15,10 @@ use nix::unistd::Pid;
 use crate::image::{self, Image};
 use crate::{binaries, mirror, progress};
 
-/// Beyond the defaults of the architecture. USB wants PCI, which User-Mode Linux has only over virtio.
+/// Beyond the defaults of the architecture. USB wants PCI, which User-Mode Linux has only over virtio. It can sleep, and
+/// its clock wakes it, on one processor only.
 const CONFIG: &str = "\
-VIRTIO_UML PCI UML_PCI_OVER_VIRTIO SMP USB_SUPPORT USB USB_ANNOUNCE_NEW_DEVICES USB_GADGET USB_DUMMY_HCD \
+VIRTIO_UML PCI UML_PCI_OVER_VIRTIO SUSPEND RTC_CLASS UML_RTC USB_SUPPORT USB USB_ANNOUNCE_NEW_DEVICES USB_GADGET USB_DUMMY_HCD \
 USB_CONFIGFS USB_CONFIGFS_MASS_STORAGE USB_CONFIGFS_F_HID USB_CONFIGFS_ACM USB_CONFIGFS_F_LB_SS USB_STORAGE SCSI \
 BLK_DEV_SD USBIP_CORE USBIP_VHCI_HCD CONFIGFS_FS HID HIDRAW HID_GENERIC USB_HID INPUT INPUT_EVDEV DEVTMPFS TMPFS \
 HOSTFS OVERLAY_FS NET UNIX INOTIFY_USER SIGNALFD TIMERFD EPOLL FHANDLE CGROUPS MEMFD_CREATE SECCOMP \
@@ -51,7 +52,7 @@ export ARCH=um
 make --silent defconfig
 for option in $CONFIG_OFF; do scripts/config --disable $option; done
 for option in $CONFIG; do scripts/config --enable $option; done
-scripts/config --set-str LSM "$SECURITY_MODULES" --set-val NR_CPUS 2
+scripts/config --set-str LSM "$SECURITY_MODULES"
 make --silent olddefconfig
 for option in $CONFIG; do
     grep -q "^CONFIG_$option=y" .config || { echo "$package has no $option" >&2; exit 1; }

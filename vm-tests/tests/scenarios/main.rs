@@ -1,5 +1,6 @@
 //! The scenarios on real kernels, in one program, so that two run at once from first to last.
 
+mod asleep;
 mod assignment;
 mod confinement;
 mod controllers;
