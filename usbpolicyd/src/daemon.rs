@@ -126,8 +126,18 @@ impl Mode {
             text.split_ascii_whitespace().filter_map(|word| word.strip_prefix("usbpolicyd.mode="));
         match words.next_back() {
             Some("off") => Self::Off,
-            Some("observe") => Self::Observe,
-            _ => Self::Normal,
+            None | Some("normal") => Self::Normal,
+            // Whoever writes it there is in need: a word spelled wrong must not hand out what locks him out.
+            Some(_) => Self::Observe,
+        }
+    }
+
+    /// As it is written.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Normal => "normal",
+            Self::Observe => "observe",
+            Self::Off => "off",
         }
     }
 }
@@ -294,7 +304,8 @@ impl Daemon {
             ending: false,
         };
         if daemon.mode != Mode::Normal {
-            tracing::warn!(mode = ?daemon.mode, "usbpolicyd.mode is on the kernel command line: nothing is handed over");
+            let mode = daemon.mode.name();
+            tracing::warn!(mode, "usbpolicyd.mode is on the kernel command line: nothing is handed over");
         }
         if !daemon.load_policy("start") && cli.strict {
             return Err(StartError::Policy);
@@ -537,6 +548,9 @@ mod tests {
         );
         assert_eq!(Mode::from_command_line("usbpolicyd.mode=off"), Mode::Off);
         assert_eq!(Mode::from_command_line("xusbpolicyd.mode=off root=/dev/sda"), Mode::Normal);
+        assert_eq!(Mode::from_command_line("usbpolicyd.mode=normal"), Mode::Normal);
+        // A slip of the pen of somebody who is locked out.
+        assert_eq!(Mode::from_command_line("usbpolicyd.mode=OFF"), Mode::Observe);
     }
 
     #[test]

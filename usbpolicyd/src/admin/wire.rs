@@ -114,6 +114,11 @@ pub enum Service {
 pub enum State {
     /// With the host.
     Host,
+    /// With the host, whatever the policy says of it.
+    Idle {
+        /// Value of `usbpolicyd.mode=` on the kernel's command line: `observe` or `off`.
+        mode: String,
+    },
     /// Without drivers, kept for its VM.
     OnHold,
     /// Deauthorized by us.

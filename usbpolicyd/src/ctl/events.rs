@@ -1,4 +1,4 @@
-//! `usbpolicyctl log` and `watch`: what was decided and done, why and by whom. And `reload`, `status`, `retry`.
+//! `usbpolicyctl log` and `watch`: what was decided and done, why and by whom. And `reload`, `retry`.
 
 use std::io::Write;
 
@@ -98,17 +98,6 @@ pub(super) fn reload(args: &PlainArgs, out: &mut dyn Write) -> anyhow::Result<Ou
 
 pub(super) fn retry(args: &RetryArgs, out: &mut dyn Write) -> anyhow::Result<Outcome> {
     finish(args.socket.call(&Request::Retry { device: args.device.clone() })?.1, out)
-}
-
-pub(super) fn status(args: &PlainArgs, out: &mut dyn Write) -> anyhow::Result<Outcome> {
-    let (replies, result) = args.socket.call(&Request::Status)?;
-    for reply in replies {
-        if let Reply::Status(view) = reply {
-            serde_json::to_writer_pretty(&mut *out, &view)?;
-            writeln!(out)?;
-        }
-    }
-    finish(result, out)
 }
 
 #[cfg(test)]

@@ -185,6 +185,9 @@ pub(super) fn state_text(view: &DeviceView) -> String {
         State::Flapping { calm_in_ms } => {
             format!("plugged too often; left alone for {} s", seconds(*calm_in_ms))
         }
+        State::Idle { mode } => {
+            format!("{}; stays here by usbpolicyd.mode={mode}", decision_text(&view.decision))
+        }
         State::Starting => "usbpolicyd is starting".to_owned(),
         State::OnHold => format!("on hold; {}", decision_text(&view.decision)),
         State::Deauthorized => format!("deauthorized; {}", decision_text(&view.decision)),

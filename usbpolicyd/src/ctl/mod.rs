@@ -13,6 +13,7 @@ mod list;
 mod online;
 mod orders;
 mod snapshot;
+mod status;
 mod text;
 mod vm;
 
@@ -47,8 +48,7 @@ enum Verb {
     /// Load the policy again; a bad one is refused and the old one stays in force
     Reload(events::PlainArgs),
     Retry(events::RetryArgs),
-    /// Show the daemon's own state, as JSON
-    Status(events::PlainArgs),
+    Status(status::Args),
     Explain(explain::Args),
     Plan(diff::PlanArgs),
     Diff(diff::DiffArgs),
@@ -111,7 +111,7 @@ fn run(cli: &Cli, out: &mut dyn Write) -> anyhow::Result<Outcome> {
         Verb::Watch(args) => events::watch(args, out),
         Verb::Reload(args) => events::reload(args, out),
         Verb::Retry(args) => events::retry(args, out),
-        Verb::Status(args) => events::status(args, out),
+        Verb::Status(args) => status::run(args, out),
         Verb::Explain(args) => explain::run(args, out),
         Verb::Plan(args) => diff::plan(args, out),
         Verb::Diff(args) => diff::diff(args, out),

@@ -97,6 +97,7 @@ impl Daemon {
                 done(format!("trying {device} again"))
             }
             Request::Serve { vm, service } => {
+                self.may_act()?;
                 if !self.policy.vms.contains_key(&vm) {
                     return Err(format!("the policy has no VM {vm}"));
                 }
@@ -110,6 +111,7 @@ impl Daemon {
                 done(format!("VM {vm} is {word}"))
             }
             Request::Attach { device, vm, lasting, steal } => {
+                self.may_act()?;
                 let id = self.find(&device)?;
                 if let Some(holder) = self.broker.holder(id).filter(|holder| **holder != vm && !steal) {
                     return Err(format!("VM {holder} has {device}; --steal takes it from there"));
@@ -118,6 +120,7 @@ impl Daemon {
                 self.order(id, order, lasting, actor).map(Some)
             }
             Request::Detach { device, lasting } => {
+                self.may_act()?;
                 let id = self.find(&device)?;
                 self.order(id, Order::Keep { actor: actor.to_owned() }, lasting, actor).map(Some)
             }
@@ -145,9 +148,21 @@ impl Daemon {
                 done(String::new())
             }
             Request::Revoke { device, lasting } => {
+                self.may_act()?;
                 let id = self.find(&device)?;
                 self.revoke(id, lasting, actor).map(Some)
             }
+        }
+    }
+
+    /// Nothing is moved while the kernel's command line says so, by nobody.
+    fn may_act(&self) -> Result<(), String> {
+        match self.mode {
+            Mode::Normal => Ok(()),
+            mode => Err(format!(
+                "nothing is handed over or taken back: usbpolicyd.mode={} is on the kernel's command line; boot without it",
+                mode.name()
+            )),
         }
     }
 
@@ -216,6 +231,10 @@ impl Daemon {
         let view = |(id, item): (DeviceId, &Item)| {
             let state =
                 self.broker.state(now, id).map_or(State::Starting, |state| state_view(state, item, now));
+            let state = match (state, self.mode) {
+                (State::Host, Mode::Observe | Mode::Off) => State::Idle { mode: self.mode.name().to_owned() },
+                (state, _) => state,
+            };
             let mut view = device_view(&item.present.facts, &self.policy, item.verdict.clone(), state);
             view.id = Some(id);
             view.context = item.context.clone();
@@ -275,12 +294,7 @@ impl Daemon {
     fn status_view(&self) -> StatusView {
         StatusView {
             program: env!("CARGO_PKG_VERSION").to_owned(),
-            mode: match self.mode {
-                Mode::Normal => "normal",
-                Mode::Observe => "observe",
-                Mode::Off => "off",
-            }
-            .to_owned(),
+            mode: self.mode.name().to_owned(),
             policy: self.written.is_some(),
             files: self.policy_names.clone(),
             last_seq: self.audit.last_seq(),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 use vm_tests::play::{SHORT, instance, wait_driver, wait_until};
-use vm_tests::{HostConfig, UsbDevice, Usbpolicyd, scenario};
+use vm_tests::{HostConfig, Mark, UsbDevice, Usbpolicyd, scenario};
 
 /// `work` gets what is in socket 1, `lab` what is in socket 2 and everything on a hub in socket 4. Ports are not claimed.
 const FREE_PORTS: &str = r#"
@@ -96,6 +96,38 @@ fn devices_go_to_their_vms_by_socket_and_come_back() -> Result<()> {
         work.stop(Signal::SIGKILL, SHORT)?;
         wait_driver(host, &one, "usb-storage")?;
         ensure!(host.run("usbpolicyctl list --json")?.contains("vm-down"));
+        Ok(())
+    })
+}
+
+#[test]
+fn kernels_command_line_stops_all_hand_overs() -> Result<()> {
+    let observe = "usbpolicyd.mode=observe".to_owned();
+    scenario(&HostConfig { kernel_arguments: observe, ..HostConfig::default() }, |host| {
+        let daemon = Usbpolicyd::start(host, &claimed_ports())?;
+        daemon.log().wait("*usbpolicyd.mode is on the kernel command line*", SHORT)?;
+        let work = instance(host, "work", &[])?;
+        let stick = host.plug(UsbDevice::stick("one").port("1"))?;
+        let name = host.kernel_name(&stick)?;
+        daemon.log().wait("*socket-1*", SHORT)?;
+        wait_driver(host, &name, "usb-storage")?;
+        let list = host.run("usbpolicyctl list | tr -s ' \\n' ' '")?;
+        ensure!(list.contains("for work by socket-1; stays here by usbpolicyd.mode=observe"), "{list}");
+
+        for order in [format!("attach {name} work"), format!("revoke {name}"), "vm drain work".to_owned()] {
+            let refused = host.remote().try_run(&format!("usbpolicyctl {order}"), SHORT)?;
+            let text = &refused.transcript;
+            ensure!(refused.status == 1 && text.contains("usbpolicyd.mode=observe is on"), "{order}: {text}");
+        }
+        let doctor = host.remote().try_run("usbpolicyctl doctor", SHORT)?;
+        ensure!(doctor.transcript.contains("usbpolicyd.mode=observe"), "{}", doctor.transcript);
+
+        // Enough for any of it to have happened.
+        host.run("udevadm settle; sleep 1; usbpolicyctl list")?;
+        wait_driver(host, &name, "usb-storage")?;
+        ensure!(work.log().all_after(Mark::START, "attach *").is_empty(), "a device was handed over");
+        let claimed = host.run("usbpolicyctl status --json")?;
+        ensure!(!claimed.contains("-port"), "ports are claimed: {claimed}");
         Ok(())
     })
 }
