@@ -173,6 +173,7 @@ fn installed_services_give_a_stick_to_a_guest() -> Result<()> {
             "systemctl kill --signal KILL usbpolicyd\nusbpolicyctl list | grep 46f4:0001\n{with_vm1}"
         ))?;
         guest.check_content(&stick)?;
+        a_daemon_that_stands_still_is_started_again(&systemd, &guest, &stick)?;
         a_confined_file_survives_resets_and_its_port_stays_claimed(&systemd, &guest, &stick)?;
 
         progress("a bad policy is a failed reload and changes nothing");
@@ -203,6 +204,35 @@ fn the_journal_has_the_fields_of_an_attach(systemd: &Systemd<'_>) -> Result<()> 
     Ok(())
 }
 
+/// The watchdog of the unit as it is installed. The daemon is stopped as a whole: what stands still for any other reason
+/// does not tell systemd that it is alive either.
+fn a_daemon_that_stands_still_is_started_again(
+    systemd: &Systemd<'_>,
+    guest: &Guest,
+    stick: &Plugged,
+) -> Result<()> {
+    progress(
+        "stopping usbpolicyd in its tracks; the watchdog ends it, another starts, and the guest notices nothing",
+    );
+    let (since, mark) = (guest.here(), systemd.host.console().here());
+    let status = systemd.run("systemctl show --property StatusText --value usbpolicyd")?;
+    ensure!(status.contains("1 with VMs, 1 VMs up"), "{status}");
+    systemd.run(
+        "of() { systemctl show --property $1 --value usbpolicyd; }\n\
+         stopped=$(of MainPID); restarts=$(of NRestarts)\n\
+         kill -STOP $stopped\n\
+         ! usbpolicyctl list 2> /root/said\n\
+         grep 'usbpolicyd does not answer; is it stopped?' /root/said\n\
+         until [ $(of NRestarts) -gt $restarts ]; do sleep 0.5; done\n\
+         until usbpolicyctl list | grep -q 'with vm1'; do sleep 0.5; done\n\
+         test $(of MainPID) != $stopped",
+    )?;
+    systemd.host.console().wait_after(mark, "*usbpolicyd.service: Watchdog timeout*", WITHIN)?;
+    let gone = guest.kernel_log().all_after(since, "USB disconnect");
+    ensure!(gone.is_empty(), "the guest lost its stick: {gone:?}");
+    guest.check_content(stick)
+}
+
 /// A device on a claimed port is handed over by a file that cannot take it from host drivers. Each reset makes the
 /// kernel drop the claims of its interfaces; the guest must not notice, also when no rule claims the port any more.
 fn a_confined_file_survives_resets_and_its_port_stays_claimed(
@@ -216,7 +246,7 @@ fn a_confined_file_survives_resets_and_its_port_stays_claimed(
         systemd.host.remote().write_file("/etc/usbpolicyd/policy.toml", policy.as_bytes())?;
         systemd.run("usbpolicyctl reload")
     };
-    let claimed = "usbpolicyctl status | grep -A1 claimed_ports | grep -e -port";
+    let claimed = "usbpolicyctl status --json | grep -A1 claimed_ports | grep -e -port";
     reload(&by_port)?;
     systemd.run(&format!("until {claimed}; do sleep 0.5; done"))?;
     // The file it has was made before the port was claimed: give it another one.
@@ -248,7 +278,7 @@ fn the_claims_outlive_a_crash(systemd: &Systemd<'_>, guest: &Guest) -> Result<()
     systemd.run(
         "kept() { systemctl show --property NFileDescriptorStore --value usbpolicyd; }\n\
          before=$(kept); test \"$before\" -ge 2\n\
-         claimed() { usbpolicyctl status | grep -A4 claimed_ports | grep -o 'usb[0-9]*-port[0-9]*' | sort; }\n\
+         claimed() { usbpolicyctl status --json | grep -A4 claimed_ports | grep -o 'usb[0-9]*-port[0-9]*' | sort; }\n\
          claimed > /root/before; test -s /root/before\n\
          systemctl kill --signal KILL usbpolicyd\n\
          until usbpolicyctl list | grep -q 'with vm1'; do sleep 0.5; done\n\
