@@ -100,7 +100,8 @@ impl Usbpolicyd {
     pub fn start_again_with(host: &Host, arguments: &[&str]) -> Result<Self> {
         // What a crashed one left behind must not be taken for the new one's.
         host.run(&format!("rm -f {ADMIN_SOCKET}"))?;
-        let mut argv = as_user("usbpolicyd");
+        let mut argv = BEFORE_UDEV.map(str::to_owned).to_vec();
+        argv.extend(as_user("usbpolicyd"));
         argv.extend(["usbpolicyd", "--policy", POLICY].map(str::to_owned));
         argv.extend(arguments.iter().map(|&argument| argument.to_owned()));
         let process = host.spawn(&argv)?;
@@ -158,6 +159,9 @@ pub const INSTALL: &str = "cd /stage/packaging; \
      install -d -o usbpolicyd -g usbpolicyd -m 0700 /var/lib/usbpolicyd; \
      mkdir -p /etc/udev/rules.d /etc/usbpolicyd; cp udev/70-usbpolicyd.rules /etc/udev/rules.d/; \
      udevadm control --reload; udevadm trigger --action=change --subsystem-match=usb; udevadm settle";
+
+/// Words before the command of usbpolicyd: `Nice=` of its unit.
+pub const BEFORE_UDEV: [&str; 3] = ["nice", "-n", "-10"];
 
 /// Words before a command that is to run as one of our users, confined as a unit confines it.
 pub fn as_user(user: &str) -> Vec<String> {

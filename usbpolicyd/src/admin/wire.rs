@@ -114,7 +114,7 @@ pub enum Service {
 pub enum State {
     /// With the host.
     Host,
-    /// With the host, whatever the policy says of it.
+    /// With the host, though the policy gives it to a VM.
     Idle {
         /// Value of `usbpolicyd.mode=` on the kernel's command line: `observe` or `off`.
         mode: String,

@@ -92,6 +92,7 @@ impl Daemon {
                 Ok(None)
             }
             Request::Retry { device } => {
+                self.may_act()?;
                 let id = self.find(&device)?;
                 self.inputs.push_back(Input::Retry(id));
                 done(format!("trying {device} again"))
@@ -232,7 +233,11 @@ impl Daemon {
             let state =
                 self.broker.state(now, id).map_or(State::Starting, |state| state_view(state, item, now));
             let state = match (state, self.mode) {
-                (State::Host, Mode::Observe | Mode::Off) => State::Idle { mode: self.mode.name().to_owned() },
+                (State::Host, Mode::Observe | Mode::Off)
+                    if matches!(item.verdict, Verdict::Assign { .. }) =>
+                {
+                    State::Idle { mode: self.mode.name().to_owned() }
+                }
                 (state, _) => state,
             };
             let mut view = device_view(&item.present.facts, &self.policy, item.verdict.clone(), state);

@@ -150,6 +150,9 @@ fn installed_services_give_a_stick_to_a_guest() -> Result<()> {
             ensure!(status.contains("Seccomp:\t2"), "{unit}: {status}");
             ensure!(!status.contains("Uid:\t0\t"), "{unit}: {status}");
         }
+        let nice = systemd
+            .run("awk '{print $19}' /proc/$(systemctl show --property MainPID --value usbpolicyd)/stat")?;
+        ensure!(nice == "-10", "usbpolicyd runs at {nice}");
         let sockets = host.run(
             "stat --format '%a %G' /run/usbvfiod/vm1.sock /run/usbvfiod/vm1/policy.sock /run/usbvfiod/vm1",
         )?;
@@ -178,7 +181,7 @@ fn installed_services_give_a_stick_to_a_guest() -> Result<()> {
 
         progress("a bad policy is a failed reload and changes nothing");
         host.remote().write_file("/etc/usbpolicyd/policy.toml", b"schema = 1\nassing = []\n")?;
-        systemd.run(&format!("! systemctl reload usbpolicyd\n{with_vm1}"))?;
+        systemd.run(&format!("if systemctl reload usbpolicyd; then exit 1; fi\n{with_vm1}"))?;
 
         progress("stopping the instance; the host gets its stick back");
         guest.stop()?;
@@ -221,7 +224,7 @@ fn a_daemon_that_stands_still_is_started_again(
         "of() { systemctl show --property $1 --value usbpolicyd; }\n\
          stopped=$(of MainPID); restarts=$(of NRestarts)\n\
          kill -STOP $stopped\n\
-         ! usbpolicyctl list 2> /root/said\n\
+         if usbpolicyctl list 2> /root/said; then exit 1; fi\n\
          grep 'usbpolicyd does not answer; is it stopped?' /root/said\n\
          until [ $(of NRestarts) -gt $restarts ]; do sleep 0.5; done\n\
          until usbpolicyctl list | grep -q 'with vm1'; do sleep 0.5; done\n\

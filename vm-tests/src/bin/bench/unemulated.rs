@@ -23,9 +23,10 @@ allow_in_use = ["input"]
 pub(crate) fn hand_overs(rounds: u32, table: &mut Table) -> Result<()> {
     let rounds = rounds.saturating_mul(HANDOVERS);
     let script = format!(
-        "{install}\n{as_user} usbpolicyd --policy /stage/policy.toml > /tmp/usbpolicyd.log 2>&1 &\n\
+        "{install}\n{nice} {as_user} usbpolicyd --policy /stage/policy.toml > /tmp/usbpolicyd.log 2>&1 &\n\
          hand-over-latency {rounds} {LATENCY} || {{ cat /tmp/usbpolicyd.log; exit 1; }}",
         install = daemons::INSTALL,
+        nice = daemons::BEFORE_UDEV.join(" "),
         as_user = daemons::as_user("usbpolicyd").join(" "),
     );
     let said = uml::run(&["usbpolicyd", "hand-over-latency"], &[("policy.toml", POLICY)], &script, WITHIN)?;
