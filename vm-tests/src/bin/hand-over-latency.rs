@@ -67,7 +67,11 @@ fn main() -> Result<()> {
     gadget::up(NAME, &[Function::Keyboard], Speed::High)?;
     let (mut of_kernel, mut of_udev, mut ours) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..=rounds {
-        ear.turn_until(WITHIN, |ear| ear.held.is_some())?;
+        // The file may be seen before the events that led to it: they come by other sockets.
+        ear.turn_until(WITHIN, |ear| {
+            let Moments { kernel, bound, udev, file } = ear.moments;
+            [kernel, bound, udev, file].iter().all(Option::is_some)
+        })?;
         let Moments { kernel, bound, udev, file } = std::mem::take(&mut ear.moments);
         // The first one has the start of everything in it.
         if round > 0 {

@@ -22,9 +22,10 @@ allow_in_use = ["input"]
 /// Plugs a keyboard gadget again and again.
 pub(crate) fn hand_overs(rounds: u32, table: &mut Table) -> Result<()> {
     let rounds = rounds.saturating_mul(HANDOVERS);
+    // Who takes the times comes first of all, so that it sees an event when it comes.
     let script = format!(
         "{install}\n{nice} {as_user} usbpolicyd --policy /stage/policy.toml > /tmp/usbpolicyd.log 2>&1 &\n\
-         hand-over-latency {rounds} {LATENCY} || {{ cat /tmp/usbpolicyd.log; exit 1; }}",
+         nice -n -15 hand-over-latency {rounds} {LATENCY} || {{ cat /tmp/usbpolicyd.log; exit 1; }}",
         install = daemons::INSTALL,
         nice = daemons::BEFORE_UDEV.join(" "),
         as_user = daemons::as_user("usbpolicyd").join(" "),
