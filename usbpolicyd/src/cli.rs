@@ -9,8 +9,8 @@ use clap::Parser;
 /// Watches what is plugged in, decides by the policy which device goes to which VM, and hands the open device to that
 /// VM's usbvfiod. Everything that no rule names stays with the host. Ask it with usbpolicyctl.
 ///
-/// SIGHUP loads the policy again; a bad one is reported and the old one stays in force. SIGTERM ends the daemon; the VMs
-/// keep their devices.
+/// SIGHUP loads the policy again; a bad one is reported and the old one stays in force. SIGTERM ends the daemon: the VMs
+/// keep their devices, and what they gave up is given back to the host's drivers first (10 s at most).
 #[derive(Clone, Debug, Parser)]
 #[command(version, about)]
 pub struct Cli {

@@ -186,6 +186,11 @@ impl Instances {
         deadlines.min()
     }
 
+    /// Whether an instance was there of which nobody knows by now if it still is.
+    pub fn are_unsure(&self) -> bool {
+        self.vms.values().any(|instance| instance.told_up.is_none())
+    }
+
     /// All open connections, for the poll set.
     pub fn sockets(&self) -> impl Iterator<Item = (LinkId, BorrowedFd<'_>)> {
         self.vms.values().filter_map(|instance| match &instance.stage {

@@ -61,8 +61,9 @@ pub struct Workers {
     readings: mpsc::Sender<Job>,
     done: mpsc::Receiver<Done>,
     wake: Arc<EventFd>,
-    /// Jobs whose result was not taken yet.
-    under_way: usize,
+    /// Jobs whose result was not taken yet, and readings of strings.
+    jobs_under_way: usize,
+    readings_under_way: usize,
 }
 
 impl Workers {
@@ -85,13 +86,16 @@ impl Workers {
             Ok(jobs)
         };
         let (jobs, readings) = (queue("worker", THREADS)?, queue("reader", READERS)?);
-        Ok(Self { jobs, readings, done, wake, under_way: 0 })
+        Ok(Self { jobs, readings, done, wake, jobs_under_way: 0, readings_under_way: 0 })
     }
 
     /// Hands a job to the next free worker.
     pub fn start(&mut self, job: Job) {
-        self.under_way = self.under_way.saturating_add(1);
-        let queue = if matches!(job, Job::ReadStrings(_)) { &self.readings } else { &self.jobs };
+        let (queue, under_way) = match job {
+            Job::ReadStrings(_) => (&self.readings, &mut self.readings_under_way),
+            _ => (&self.jobs, &mut self.jobs_under_way),
+        };
+        *under_way = under_way.saturating_add(1);
         // The workers end only with us.
         let _ = queue.send(job);
     }
@@ -101,13 +105,20 @@ impl Workers {
         // Empty is normal: the results of two wakes may have been taken at the first.
         let _ = self.wake.read();
         let done: Vec<Done> = self.done.try_iter().collect();
-        self.under_way = self.under_way.saturating_sub(done.len());
+        let readings = done.iter().filter(|done| matches!(done, Done::Strings(..))).count();
+        self.readings_under_way = self.readings_under_way.saturating_sub(readings);
+        self.jobs_under_way = self.jobs_under_way.saturating_sub(done.len().saturating_sub(readings));
         done
     }
 
-    /// Whether a job is under way.
+    /// Whether anything is under way.
     pub const fn are_busy(&self) -> bool {
-        self.under_way > 0
+        self.jobs_under_way > 0 || self.readings_under_way > 0
+    }
+
+    /// Whether something is under way that changes a device or a port, and not only reads.
+    pub const fn change_something(&self) -> bool {
+        self.jobs_under_way > 0
     }
 }
 
@@ -170,13 +181,25 @@ mod tests {
         for number in 1..=3 {
             workers.start(Job::Release(DeviceId(number), Box::new(device.clone()), OnRelease::Hold, false));
         }
+        let order = Order { plug: device.plug.clone(), authorized: true };
+        workers.start(Job::ReadStrings(order));
         let mut taken = 0;
-        while taken < 3 {
+        while taken < 4 {
             assert!(workers.are_busy());
             poll(&mut [PollFd::new(workers.as_fd(), PollFlags::POLLIN)], PollTimeout::from(20_000_u16))
                 .unwrap();
             taken += workers.finished().len();
         }
-        assert!(!workers.are_busy());
+        assert!(!workers.are_busy() && !workers.change_something());
+    }
+
+    #[test]
+    fn who_only_reads_changes_nothing() {
+        let tree = Tree::new();
+        tree.plug("1-1", 3);
+        let plug = tree.scan().devices.remove(0).plug;
+        let mut workers = Workers::new(&Nodes::default()).unwrap();
+        workers.start(Job::ReadStrings(Order { plug, authorized: true }));
+        assert!(workers.are_busy() && !workers.change_something());
     }
 }

@@ -10,6 +10,8 @@ use crate::log::Mark;
 use crate::progress;
 use crate::remote::Process;
 
+/// A question after a failure; a guest that hangs must not hold up the report.
+const ASK_WITHIN: Duration = Duration::from_secs(20);
 /// From the plug until the guest has a block device: enumeration, the second that usb-storage waits, SCSI.
 const DISK_WITHIN: Duration = Duration::from_secs(120);
 /// How long a guest may take to let a device go that it knows to have left.
@@ -86,9 +88,19 @@ impl Guest {
                done; done; usleep 20000; done"
         );
         let disk = self.run_within(&script, DISK_WITHIN);
-        let disk = disk.with_context(|| format!("{} does not see {}", self.name(), stick.device.name()))?;
+        let disk = disk.with_context(|| {
+            let (name, stick) = (self.name(), stick.device.name());
+            format!("{name} does not see {stick}; asked what it does see: {}", self.all_it_sees())
+        })?;
         progress(&format!("{} has {} as {disk}", self.name(), stick.device.name()));
         Ok(disk)
+    }
+
+    /// The devices the guest has and the last it said about them; that it does not answer, if so.
+    fn all_it_sees(&self) -> String {
+        let script =
+            "grep -s . /sys/bus/usb/devices/*/product /sys/bus/usb/devices/*/serial; dmesg | tail -n 8";
+        self.run_within(script, ASK_WITHIN).unwrap_or_else(|error| format!("{error:#}"))
     }
 
     /// Whether a device with this stick's serial number is there now.

@@ -53,6 +53,9 @@ const BOOT_WITHIN_KVM: Duration = Duration::from_secs(15);
 /// A device that is pulled is gone at once for QEMU.
 const UNPLUG_WITHIN: Duration = Duration::from_secs(10);
 
+/// An answer of usbpolicyd after a failure; a host that hangs must not hold up the report.
+const REPORT_WITHIN: Duration = Duration::from_secs(20);
+
 /// What the host under test is made of.
 #[derive(Clone, Debug)]
 pub struct HostConfig {
@@ -342,13 +345,22 @@ impl Host {
         Ok(Duration::from_millis(ticks.sum::<u64>() * 10))
     }
 
-    /// What an engineer needs after a failure.
+    /// What an engineer needs after a failure: what usbpolicyd says of the devices, the last lines of everybody, and then
+    /// more of the same. In this order, since whoever shows a long report shows its beginning.
     pub fn report(&self) -> String {
-        let mut report = format!("---- {}\n{}\n", self.console.name(), self.console.tail(60));
-        for log in self.logs.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            report += &format!("---- {}\n{}\n", log.name(), log.tail(60));
+        let mut report = format!("---- usbpolicyctl list\n{}\n", self.ask_usbpolicyd());
+        let logs = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
+        for lines in [8, 60] {
+            for log in logs.iter().rev().chain([&self.console]) {
+                report += &format!("---- {}, last {lines} lines\n{}\n", log.name(), log.tail(lines));
+            }
         }
         report
+    }
+
+    fn ask_usbpolicyd(&self) -> String {
+        let answer = self.remote.run_within("usbpolicyctl list 2>&1 || true", REPORT_WITHIN);
+        answer.unwrap_or_else(|error| format!("{error:#}"))
     }
 }
 

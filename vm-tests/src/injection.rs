@@ -1,5 +1,5 @@
 //! A signal at a chosen system call of a daemon in the host, by `strace --inject`: the daemon dies or stops at exactly
-//! that step, in the very program that is shipped, whatever the speed of the machine.
+//! that step, in the very program that is shipped, whatever the speed of the machine. Or a call that takes long.
 
 use std::time::{Duration, Instant};
 
@@ -30,9 +30,17 @@ pub struct Injection {
 impl Injection {
     /// Takes hold of a running program and lets it get `signal` (`KILL`, `STOP`) at a step.
     pub fn new(host: &Host, program: &str, step: Step, signal: &str) -> Result<Self> {
+        Self::inject(host, program, step.call, &format!("signal={signal}:when={}", step.number))
+    }
+
+    /// Takes hold of a running program and lets each such call begin only after so long.
+    pub fn slow(host: &Host, program: &str, call: &str, by: Duration) -> Result<Self> {
+        Self::inject(host, program, call, &format!("delay_enter={}", by.as_micros()))
+    }
+
+    fn inject(host: &Host, program: &str, call: &str, what: &str) -> Result<Self> {
         let pid = host.run(&format!("pidof -s {program}"))?;
-        let inject = format!("inject={}:signal={signal}:when={}", step.call, step.number);
-        let trace = format!("trace={}", step.call);
+        let (trace, inject) = (format!("trace={call}"), format!("inject={call}:{what}"));
         let strace = host.remote().spawn(&["strace", "-f", "-p", &pid, "-e", &trace, "-e", &inject])?;
         strace.log().wait("*attached*", ATTACHED_WITHIN)?;
         Ok(Self { strace, program: program.to_owned() })

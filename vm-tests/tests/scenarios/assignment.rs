@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use vm_tests::injection::Injection;
 use vm_tests::scenarios::Client;
 use vm_tests::{Guest, Host, HostConfig, Plugged, UsbDevice, Usbpolicyd, Usbvfiod, progress, scenario};
 
@@ -13,6 +14,9 @@ schema = 1
 vm = "vm1"
 match = { id = "46f4:0001" }
 "#;
+
+/// Giving a device back takes half a dozen of them.
+const SLOW_CALL: Duration = Duration::from_millis(500);
 
 /// A policy that gives each connector to a VM.
 fn by_connector(rules: &[(&Plugged, &str)]) -> String {
@@ -79,10 +83,17 @@ fn the_order_of_vm_and_usbpolicyd_does_not_matter() -> Result<()> {
         guest.stop()?;
         controller.stop()?;
         wait_driver(host, &stick, "usb-storage")?;
-        let _controller = Usbvfiod::start(host, "vm1")?;
+        let controller = Usbvfiod::start(host, "vm1")?;
         let guest = Guest::start(host, &Client::Qemu.guest("vm1"))?;
         guest.check_content(&stick)?;
-        policy.stop()
+
+        // Both are told to end: usbpolicyd has not given the stick back by then, and does so before it goes.
+        guest.stop()?;
+        let slow = Injection::slow(host, "usbpolicyd", "ioctl", SLOW_CALL)?;
+        controller.stop()?;
+        policy.stop()?;
+        slow.release()?;
+        wait_driver(host, &stick, "usb-storage")
     })
 }
 
