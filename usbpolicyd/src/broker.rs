@@ -212,6 +212,8 @@ pub enum Event {
     Stuck(DeviceId, VmName),
     /// The device is back with the host, held or deauthorized.
     Released(DeviceId, OnRelease),
+    /// What its release asks for failed; the next try is in so long.
+    NotReleased(DeviceId, String, Duration),
     /// An instance claims a device that another VM has, or that does not exist.
     Foreign(DeviceId, VmName),
 }
@@ -285,6 +287,8 @@ impl Place {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Backoff {
     failures: u32,
+    /// It was not the hand-over that failed last, but what comes after it.
+    releasing: bool,
     until: Duration,
     text: String,
 }
@@ -293,6 +297,7 @@ impl Backoff {
     fn fail(&mut self, now: Duration, text: String) -> Duration {
         let pause = BACKOFF_FIRST.saturating_mul(1 << self.failures.min(16)).min(BACKOFF_MAX);
         self.failures = self.failures.saturating_add(1);
+        self.releasing = false;
         self.until = now.saturating_add(pause);
         self.text = text;
         pause
@@ -361,6 +366,8 @@ pub enum State {
     VmFull(VmName),
     /// A try failed; the next one is in so long.
     Failed(VmName, String, Duration),
+    /// What its release asks for failed; the next try is in so long.
+    NotReleased(String, Duration),
     /// Waiting for the instances to tell what they hold.
     Starting,
 }
@@ -446,6 +453,10 @@ impl Broker {
     }
 
     fn free_state(&self, now: Duration, device: &Device) -> State {
+        if device.backoff.failures > 0 && device.backoff.releasing {
+            let pause = device.backoff.until.saturating_sub(now);
+            return State::NotReleased(device.backoff.text.clone(), pause);
+        }
         if let Some(vm) = device.entry.want.clone() {
             let machine = self.machines.get(&vm).cloned().unwrap_or_default();
             return match (machine.link, machine.service) {

@@ -171,6 +171,13 @@ pub enum State {
         /// When it is tried again.
         retry_in_ms: u64,
     },
+    /// No VM has it, and what its release asks for failed.
+    NotReleased {
+        /// Why.
+        text: String,
+        /// When it is tried again.
+        retry_in_ms: u64,
+    },
     /// Plugged too often; left alone for a while.
     Flapping {
         /// For how long.

@@ -274,9 +274,13 @@ impl Broker {
                 out.push(Effect::Report(Event::Released(id, how)));
             }
             Err(failure) => {
-                device.backoff.fail(now, failure.text);
+                let pause = device.backoff.fail(now, failure.text.clone());
+                device.backoff.releasing = true;
                 if failure.stale {
+                    // It is gone, most of the time.
                     out.push(Effect::Resync);
+                } else {
+                    out.push(Effect::Report(Event::NotReleased(id, failure.text, pause)));
                 }
             }
         }

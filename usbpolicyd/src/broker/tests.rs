@@ -79,6 +79,23 @@ fn device_returns_to_the_host_when_its_vm_stops() {
 }
 
 #[test]
+fn release_that_fails_is_told_and_tried_again() {
+    let mut world = attached();
+    let id = world.id(0);
+    world.run([Move::CrashVm(0), Move::Dial(0), Move::Job(false)]);
+    assert!(
+        world.events.contains(&Event::NotReleased(id, "job failed".into(), SECOND)),
+        "{:?}",
+        world.events
+    );
+    let state = world.broker.state(world.now, id);
+    assert_eq!(state, Some(State::NotReleased("job failed".into(), SECOND)));
+    world.run([Move::Pass(SECOND), Move::Job(true)]);
+    assert!(world.events.contains(&Event::Released(id, OnRelease::Host)));
+    assert_eq!(world.broker.state(world.now, id), Some(State::VmDown(vm(0))));
+}
+
+#[test]
 fn cut_connection_frees_nothing() {
     let mut world = attached();
     world.events.clear();

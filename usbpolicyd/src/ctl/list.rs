@@ -182,6 +182,9 @@ pub(super) fn state_text(view: &DeviceView) -> String {
         State::Failed { vm, text, retry_in_ms } => {
             format!("FAILED for {vm}: {}; again in {} s", escaped(text), seconds(*retry_in_ms))
         }
+        State::NotReleased { text, retry_in_ms } => {
+            format!("NOT GIVEN BACK: {}; again in {} s", escaped(text), seconds(*retry_in_ms))
+        }
         State::Flapping { calm_in_ms } => {
             format!("plugged too often; left alone for {} s", seconds(*calm_in_ms))
         }
@@ -240,7 +243,7 @@ fn is_of(view: &DeviceView, name: &str) -> bool {
 }
 
 fn is_trouble(view: &DeviceView) -> bool {
-    matches!(view.state, State::Failed { .. } | State::Stuck { .. })
+    matches!(view.state, State::Failed { .. } | State::NotReleased { .. } | State::Stuck { .. })
         || matches!(view.decision, Verdict::Conflict { .. } | Verdict::Unexpected { .. })
 }
 

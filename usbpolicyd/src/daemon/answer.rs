@@ -349,6 +349,7 @@ fn state_view(state: broker::State, item: &Item, now: Duration) -> State {
         broker::State::VmPaused(vm) => State::VmPaused { vm },
         broker::State::VmFull(vm) => State::VmFull { vm },
         broker::State::Failed(vm, text, pause) => State::Failed { vm, text, retry_in_ms: millis(pause) },
+        broker::State::NotReleased(text, pause) => State::NotReleased { text, retry_in_ms: millis(pause) },
         broker::State::Starting => State::Starting,
     }
 }

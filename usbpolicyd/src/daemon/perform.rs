@@ -244,6 +244,10 @@ impl Daemon {
                 };
                 (id, None, Kind::Released, text.to_owned(), "policy")
             }
+            Event::NotReleased(id, text, pause) => {
+                let text = format!("not given back: {text}; next try in {} s", pause.as_secs());
+                (id, None, Kind::Failed, text, "policy")
+            }
             Event::Foreign(id, vm) => {
                 let text = format!("claims to hold {id}, which it was not given; told to let go");
                 (id, Some(vm), Kind::Foreign, text, "usbvfiod")
