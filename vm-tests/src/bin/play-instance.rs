@@ -65,13 +65,13 @@ fn main() -> Result<()> {
             link = listener.accept()?;
         }
         let Some(channel) = &mut link else { continue };
-        match channel.receive::<ToInstance>() {
-            Ok(Some((message, file))) => {
-                if let Some(answer) = answer(manner, message, file, &mut held) {
-                    channel.send(&answer, None)?;
-                }
-            }
-            Ok(None) => {}
+        let served = channel.receive::<ToInstance>().and_then(|received| {
+            let Some((message, file)) = received else { return Ok(()) };
+            answer(manner, message, file, &mut held).map_or(Ok(()), |answer| channel.send(&answer, None))
+        });
+        match served {
+            Ok(()) => {}
+            // It may have died with its question under way.
             Err(ChannelError::Closed) => {
                 println!("policy daemon gone");
                 link = None;
