@@ -17,6 +17,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
+use crate::lost_interrupts::LostInterrupts;
 use crate::protocol::{Report, Request, bytes_of, text_of};
 
 /// Name of the virtio-serial port that leads to the test.
@@ -60,7 +61,7 @@ pub fn serve() -> Result<()> {
     }
     let reports = Reports(Arc::new(Mutex::new(port.try_clone().context("second handle of the port")?)));
     reports.send(&Report::Ready)?;
-    let mut processes = HashMap::new();
+    let (mut processes, mut interrupts) = (HashMap::new(), None);
     let mut lines = BufReader::new(port);
     let mut line = String::new();
     loop {
@@ -69,6 +70,8 @@ pub fn serve() -> Result<()> {
             return Ok(());
         }
         match serde_json::from_str(&line) {
+            // Asked of the host only, and when its drivers are there.
+            Ok(Request::Wake) => interrupts.get_or_insert_with(LostInterrupts::new).look(),
             Ok(request) => handle(request, &mut processes, &reports)?,
             Err(error) => eprintln!("agent: {error} in {line:?}"),
         }

@@ -174,7 +174,9 @@ impl Host {
         qemu.args(accel.arguments());
         qemu.arg("-m").arg(format!("{}M", config.memory_mib));
         qemu.arg("-kernel").arg(image.kernel()).arg("-initrd").arg(at("host.initramfs"));
-        qemu.arg("-append").arg(format!("console=ttyS0 {KERNEL_ARGUMENTS} {}", config.kernel_arguments));
+        // The agent looks after the registers of a controller that the kernel drives: see `lost_interrupts`.
+        qemu.arg("-append")
+            .arg(format!("console=ttyS0 iomem=relaxed {KERNEL_ARGUMENTS} {}", config.kernel_arguments));
         qemu.args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]);
         qemu.arg("-chardev").arg(format!("socket,id=qmp,path={}", at("qmp.sock").display()));
         qemu.args(["-mon", "chardev=qmp,mode=control"]);

@@ -19,6 +19,7 @@ pub mod image;
 pub mod initramfs;
 pub mod injection;
 pub mod log;
+pub mod lost_interrupts;
 pub mod mirror;
 pub mod modules;
 pub mod neighbours;
@@ -69,6 +70,9 @@ pub fn scenario(config: &HostConfig, body: impl Fn(&Host) -> Result<()>) -> Resu
     let _slot = slots::Slot::acquire()?;
     let host = Host::boot(config)?;
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| body(&host)));
+    for lost in host.console().all_after(Mark::START, lost_interrupts::LOST) {
+        progress(&lost);
+    }
     if !matches!(outcome, Ok(Ok(()))) {
         if let Ok(Err(error)) = &outcome {
             progress(&format!("failed: {error:#}"));

@@ -27,7 +27,7 @@ pub enum Request {
         /// Which process.
         id: u32,
     },
-    /// Nothing: its interrupt is what counts, see [`crate::Remote::keep_awake`].
+    /// Look after interrupts that were lost. Its own interrupt counts as well, see [`crate::Remote::keep_awake`].
     Wake,
     /// Send a signal to its process group.
     Signal {
