@@ -10,7 +10,7 @@ use clap::Parser;
 /// VM's usbvfiod. Everything that no rule names stays with the host. Ask it with usbpolicyctl.
 ///
 /// SIGHUP loads the policy again; a bad one is reported and the old one stays in force. SIGTERM ends the daemon: the VMs
-/// keep their devices, and what they gave up is given back to the host's drivers first (10 s at most).
+/// keep their devices, and what they gave up is given back to the host's drivers first (8 s at most).
 #[derive(Clone, Debug, Parser)]
 #[command(version, about)]
 pub struct Cli {

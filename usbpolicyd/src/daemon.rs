@@ -58,8 +58,9 @@ const ROUNDS_PER_TURN: usize = 8;
 /// At the start, devices are waited for so long: a request of a driver ends after 5 s.
 const START_PATIENCE: Duration = Duration::from_secs(6);
 
-/// At the end, what is being done at devices has so long; a request of a driver ends after 5 s.
-const END_PATIENCE_DEVICES: Duration = Duration::from_secs(10);
+/// At the end, what is being done at devices has so long; a request of a driver ends after 5 s, and systemd kills us after
+/// 10 s (`TimeoutStopSec=`).
+const END_PATIENCE_DEVICES: Duration = Duration::from_secs(8);
 /// And an instance that ends just then so long until it is known to be gone.
 const END_PATIENCE_INSTANCES: Duration = Duration::from_millis(500);
 
