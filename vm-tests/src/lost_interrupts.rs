@@ -2,10 +2,10 @@
 //!
 //! QEMU 7.2 on a busy machine loses one now and then: the controller has its event handler busy bit (EHB) and USBSTS.EINT
 //! set, events wait in its ring, the APIC has the vector neither requested nor in service, and the driver is never called
-//! again. Everything on that controller then stands still for good, as it would on hardware, whose interrupts do not
-//! get lost. A driver that was called has cleared EHB long before a program runs on the one processor of the host; so
-//! what a program sees set twice was lost. Writing EHB back clears it, and QEMU's controller interrupts once more if
-//! events wait (xHCI 1.2 §4.17.2, §5.5.2.3.3).
+//! again. Everything on that controller then stands still for good: it sends no second interrupt before EHB is cleared.
+//! A driver that was called has cleared it long before a program runs on the one processor of the host, so what a program
+//! sees set at two looks was lost. Writing EHB back clears it, and QEMU's controller interrupts once more if events wait
+//! (xHCI 1.2 §4.17.2, §5.5.2.3.3).
 
 use std::fs::OpenOptions;
 use std::num::NonZero;
